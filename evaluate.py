@@ -1,0 +1,250 @@
+"""Train a network of stacked cells from scratch and test it once: the evaluation of a found cell.
+
+CIFAR: 20 cells, C 36, 600 epochs, cutout, auxiliary head, drop-path (DARTS §A.2, Skillearn
+§3.2.2); the result is the test error after the last epoch. ImageNet's network: 14 cells, C 48.
+
+    python evaluate.py --arch LPT_PDARTS --dataset cifar100
+    python evaluate.py --arch runs/lpt-cifar100-1/genotype.json --dataset cifar100
+    python evaluate.py --arch random:1 --dataset cifar100         # the baseline to beat
+    python evaluate.py --arch LPT_PDARTS --dataset imagenet --count-params
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.ops import stochastic_depth
+
+import darts_ops as ops
+import genotypes
+from darts_ops import BatchNorm, FactorizedReduce, relu_conv_bn
+
+
+class Cell(nn.Module):
+    """A cell with its operations fixed by a genotype."""
+
+    def __init__(self, genotype, C_prev_prev, C_prev, C, reduction, reduction_prev):
+        super().__init__()
+        edges, self.concat = (genotype[2:] if reduction else genotype[:2])
+        self.preprocess0 = (
+            nn.Sequential(nn.ReLU(), FactorizedReduce(C_prev_prev, C, affine=True))
+            if reduction_prev else relu_conv_bn(C_prev_prev, C, affine=True))
+        self.preprocess1 = relu_conv_bn(C_prev, C, affine=True)
+        self.inputs = [state for _, state in edges]
+        self.ops = nn.ModuleList(
+            ops.operation(name, C, 2 if reduction and state < 2 else 1, affine=True)
+            for name, state in edges)
+
+    def forward(self, s0, s1, drop_path):
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for i in range(0, len(self.ops), 2):
+            terms = []
+            for op, state in zip(self.ops[i:i + 2], self.inputs[i:i + 2]):
+                term = op(states[state])
+                if drop_path and not isinstance(op, nn.Identity):  # whole paths, per image
+                    term = stochastic_depth(term, drop_path, "row", self.training)
+                terms.append(term)
+            states.append(terms[0] + terms[1])
+        return torch.cat([states[i] for i in self.concat], 1)
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier on the features after the second reduction, for training only."""
+
+    def __init__(self, C, num_classes, size):
+        super().__init__()
+        # 8 pixels (CIFAR) and 7 (ImageNet) pool to 2 x 2 with the published windows
+        pool = (nn.AvgPool2d(5, size - 5, count_include_pad=False) if size in (7, 8)
+                else nn.AdaptiveAvgPool2d(2))
+        self.features = nn.Sequential(
+            nn.ReLU(), pool, nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
+            nn.Linear(768, num_classes))
+
+    def forward(self, x):
+        return self.features(x)
+
+
+class Network(nn.Module):
+    """Stacked cells, reductions at 1/3 and 2/3. x (N, 3, H, W) -> logits and, in training with an
+    auxiliary head, its logits, else None. imagenet: three convolutions of stride 2 come first."""
+
+    def __init__(self, genotype, C, num_classes, layers, auxiliary=True, imagenet=False,
+                 image_size=32):
+        super().__init__()
+        self.drop_path = 0.0
+        size, reduction, self.auxiliary = image_size, imagenet, None
+        if imagenet:
+            def conv(a, b):
+                return nn.Conv2d(a, b, 3, 2, 1, bias=False), BatchNorm(b)
+            self.stem0 = nn.Sequential(*conv(3, C // 2), nn.ReLU(), *conv(C // 2, C))
+            self.stem1 = nn.Sequential(nn.ReLU(), *conv(C, C))
+            C_prev_prev, C_prev, size = C, C, -(-size // 8)
+        else:
+            C_prev_prev = C_prev = 3 * C
+            self.stem0 = nn.Sequential(nn.Conv2d(3, C_prev, 3, padding=1, bias=False),
+                                       BatchNorm(C_prev))
+            self.stem1 = nn.Identity()
+        self.cells = nn.ModuleList()
+        for i in range(layers):
+            reduction_prev, reduction = reduction, i in (layers // 3, 2 * layers // 3)
+            C, size = (2 * C, -(-size // 2)) if reduction else (C, size)
+            cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
+            self.cells.append(cell)
+            C_prev_prev, C_prev = C_prev, len(cell.concat) * C
+            if i == 2 * layers // 3 and auxiliary:
+                self.auxiliary = AuxiliaryHead(C_prev, num_classes, size)
+        self.auxiliary_at = 2 * layers // 3
+        self.classifier = nn.Linear(C_prev, num_classes)
+
+    def forward(self, x):
+        s0 = self.stem0(x)
+        s1, auxiliary = self.stem1(s0), None
+        for i, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1, self.drop_path)
+            if i == self.auxiliary_at and self.auxiliary is not None and self.training:
+                auxiliary = self.auxiliary(s1)
+        return self.classifier(s1.mean((2, 3))), auxiliary
+
+
+def count_params(network: Network) -> float:
+    """Millions of parameters, the auxiliary head left out."""
+    return sum(p.numel() for name, p in network.named_parameters()
+               if not name.startswith("auxiliary.")) / 1e6
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Train a network of stacked cells and test it once (DARTS §A.2).",
+        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
+    add("--arch", required=True, help="a published cell (python genotypes.py --help lists them), "
+                                      "a genotype.json or random:SEED")
+    add("--dataset", type=ops.dataset_name, default="cifar100",
+        help="cifar10, cifar100, folder (your own, in --data), synthetic or synthetic:CLASSES")
+    add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
+    add("--image-size", type=ops.number(int, 8, 512), default=None,
+        help="resize a folder's images to this many pixels; size of synthetic ones")
+    add("--hold-out", type=ops.number(int, 0), default=0,
+        help="train on all but this many training images and test on those (lpt.py --hold-out)")
+    add("--count-params", action=yes_no, default=False, help="print the parameter count and exit")
+    # the network and its training (DARTS §A.2; Skillearn §3.2.2)
+    add("--layers", type=ops.number(int, 3), default=None, help="cells (20; ImageNet 14)")
+    add("--channels", type=ops.number(int, 2), default=None, help="C (36; ImageNet 48)")
+    add("--epochs", type=ops.number(int, 1), default=600, help="passes over the training images")
+    add("--batch-size", type=ops.number(int, 2), default=96, help="of a step, over all GPUs")
+    add("--lr", type=real, default=0.025, help="SGD, cosine to 0")
+    add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="of SGD")
+    add("--weight-decay", type=real, default=3e-4, help="of SGD")
+    add("--grad-clip", type=real, default=5.0, help="largest gradient norm; 0: any")
+    add("--cutout", type=ops.number(int, 0), default=16, help="side of the square cut out; 0: none")
+    add("--auxiliary", action=yes_no, default=True, help="train with the auxiliary head")
+    add("--auxiliary-weight", type=real, default=0.4, help="of its loss")
+    add("--drop-path", type=ops.number(float, 0, 0.99), default=None,
+        help="rate that drop-path rises to, linearly over the epochs (0.3 for the published "
+             "P-DARTS and PC-DARTS cells, else 0.2)")
+    # the run
+    add("--seed", type=ops.number(int, 0), default=1, help="the papers use 1 to 10")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--out", type=Path, default=None, help="run folder (default: runs/evaluate-...)")
+    add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
+    add("--log-every", type=ops.number(int, 1), default=50, help="steps between printed lines")
+    add("--quick", action=yes_no, default=False, help="a tiny run on synthetic images, 2 minutes")
+    quick = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4, batch_size=50,
+                 cutout=4, log_every=10)
+    return ops.parse(parser, argv, "evaluate", quick)
+
+
+def main(argv=None):
+    args, checkpoint = get_args(argv)
+    genotype, imagenet = genotypes.load(args.arch), args.dataset == "imagenet"
+    layers, channels = args.layers or (14 if imagenet else 20), args.channels or (
+        48 if imagenet else 36)
+    if args.count_params:
+        classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
+        if classes is None:
+            raise ops.BadInput(f"--count-params: the classes of {args.dataset} are not fixed")
+        params = count_params(Network(genotype, channels, classes, layers, False, imagenet))
+        print(json.dumps({"arch": args.arch, "dataset": args.dataset,
+                          "params_M": round(params, 3)}))
+        return
+
+    device = ops.pick_device(args.device)
+    data = ops.load_images(args.dataset, args.data, device, args.image_size)
+    *halves, held = ops.split_rows(len(data.labels), args.seed, args.hold_out)
+    rows = np.sort(np.concatenate(halves))
+    stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.cutout)
+    test_data, test_rows = data, held
+    if not args.hold_out:
+        test_data = ops.load_images(args.dataset, args.data, device, args.image_size, test=True)
+        if test_data.classes != data.classes:
+            raise ops.BadInput("the test folder's classes are not the training folder's")
+        test_data.mean, test_data.std = data.mean, data.std
+        test_rows = range(len(test_data.labels))
+
+    torch.manual_seed(args.seed)
+    network = ops.place(Network(genotype, channels, len(data.classes), layers, args.auxiliary,
+                                image_size=data.images.shape[-1]), device)
+    model = nn.DataParallel(network) if torch.cuda.device_count() > 1 else network
+    weights = list(network.parameters())
+    optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay)
+    drop_path = args.drop_path
+    if drop_path is None:
+        drop_path = 0.3 if "PDARTS" in args.arch or "PC_DARTS" in args.arch else 0.2
+    history = []
+    if checkpoint:
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+        history = checkpoint["history"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    params = count_params(network)
+    print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
+
+    steps, begin, done = stream.epoch_steps(), time.time(), 0
+    for epoch in range(len(history), args.epochs):
+        optimizer.param_groups[0]["lr"] = ops.cosine(args.lr, 0, epoch, args.epochs)
+        network.drop_path = drop_path * epoch / args.epochs
+        sums, epoch_begin = torch.zeros(2, device=device), time.time()
+        for i in range(1, steps + 1):
+            x, y, _ = stream(epoch * steps + i - 1)
+            logits, auxiliary = model(x)
+            loss = F.cross_entropy(logits, y)
+            total = loss if auxiliary is None else (
+                loss + args.auxiliary_weight * F.cross_entropy(auxiliary, y))
+            ops.descend(optimizer, weights, ops.grad(total, weights), args.grad_clip)
+            sums += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()])
+            done += 1
+            if i % args.log_every == 0 or i == steps:
+                spent = (time.time() - begin) / done
+                left = time.strftime("%H:%M:%S", time.gmtime(
+                    spent * ((args.epochs - epoch) * steps - i)))
+                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  loss {loss:.3f}  "
+                      f"{args.batch_size / spent:.1f} images/s  left {left}", flush=True)
+        train_loss, train_accuracy = (sums / steps).tolist()
+        history.append({"epoch": epoch + 1, "train_loss": train_loss,
+                        "train_accuracy": train_accuracy, "seconds": time.time() - epoch_begin})
+        ops.write(args.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+        ops.write(args.out / "checkpoint.pt", {
+            "method": "evaluate", "args": ops.plain(args), "history": history,
+            "network": network.state_dict(), "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state()})
+
+    network.eval()
+    error = 100 * (1 - ops.accuracy(lambda x: model(x)[0], test_data, test_rows, args.batch_size))
+    result = {"arch": args.arch, "dataset": args.dataset, "test_error": round(error, 4),
+              "test_images": len(test_rows), "params_M": round(params, 3), "epochs": args.epochs,
+              "seed": args.seed, "train_loss": history[-1]["train_loss"],
+              "seconds": sum(line["seconds"] for line in history)}
+    ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
+    print(f"test error {error:.2f}% after the last epoch, on {len(test_rows)} images; "
+          f"{args.out}/result.json")
+
+
+if __name__ == "__main__":
+    ops.run(main)

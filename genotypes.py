@@ -1,0 +1,300 @@
+"""Cells of the DARTS search space: published ones, reading, writing, printing, drawing.
+
+    python genotypes.py LPT_PDARTS           # the cell as text; LPT_PDARTS.svg beside it
+    python genotypes.py runs/x/genotype.json # the same for a cell that a search wrote
+    python genotypes.py random:1             # the same for a random cell
+
+A cell has two inputs (states 0 and 1: the outputs of the cell before the previous one and of the
+previous one) and intermediate nodes (states 2, 3, ...). Each node adds up two operations on earlier
+states; the output concatenates nodes. A genotype lists (operation, input state), two per node.
+"""
+
+import argparse
+import json
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+
+PRIMITIVES = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
+              "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
+SHORT = dict(zip(["none", "max", "avg", "skip", "sep3", "sep5", "dil3", "dil5"], PRIMITIVES))
+
+Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+
+
+class BadInput(Exception):
+    """The user's input cannot be used; the message is one line that says why."""
+
+
+# name: (source, normal cell, reduction cell); nodes 2 | 3 | 4 | 5, all four concatenated. The LPT
+# cells were published with the authors' code; tables are those of Skillearn. LPT_PDARTS is the cell
+# of Tables 7 (CIFAR-100) and 9 (ImageNet).
+PUBLISHED = {
+    "DARTS_V1": (
+        "DARTS 1st order (Liu et al. 2019)",
+        "sep3:1 sep3:0 | skip:0 sep3:1 | skip:0 sep3:1 | sep3:0 skip:2",
+        "max:0 max:1 | skip:2 max:0 | max:0 skip:2 | skip:2 avg:0"),
+    "DARTS_V2": (
+        "DARTS 2nd order (Liu et al. 2019)",
+        "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:1 skip:0 | skip:0 dil3:2",
+        "max:0 max:1 | skip:2 max:1 | max:0 skip:2 | skip:2 max:1"),
+    "PDARTS": (
+        "P-DARTS CIFAR-10 (Chen et al. 2019)",
+        "skip:0 dil3:1 | skip:0 sep3:1 | sep3:1 sep3:3 | sep3:0 dil5:4",
+        "avg:0 sep5:1 | sep3:0 dil5:2 | max:0 dil3:1 | dil3:1 dil5:3"),
+    "PC_DARTS_cifar": (
+        "PC-DARTS CIFAR-10 (Xu et al. 2020)",
+        "sep3:1 skip:0 | sep3:0 dil3:1 | sep5:0 sep3:1 | avg:0 dil3:1",
+        "sep5:1 max:0 | sep5:1 sep5:2 | sep3:0 sep3:3 | sep3:1 sep3:2"),
+    "PC_DARTS_image": (
+        "PC-DARTS ImageNet (Xu et al. 2020)",
+        "skip:1 sep3:0 | sep3:0 skip:1 | sep3:1 sep3:3 | sep3:1 dil5:4",
+        "sep3:0 skip:1 | dil5:2 max:1 | sep3:2 sep3:1 | sep5:0 sep3:3"),
+    "LPT_DARTS_1ST_R18_CIFAR100": (
+        "LPT-R18-DARTS-1st, CIFAR-100; authors' DARTS_CIFAR100_TS_1ST",
+        "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
+        "avg:0 avg:1 | skip:2 avg:0 | skip:2 avg:0 | skip:2 avg:0"),
+    "LPT_DARTS_R18_CIFAR100": (
+        "LPT-R18-DARTS-2nd, CIFAR-100; authors' DARTS_CIFAR100_TS_18",
+        "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
+        "avg:0 skip:1 | avg:0 skip:2 | avg:0 skip:2 | skip:2 avg:0"),
+    "LPT_DARTS_R50_CIFAR100": (
+        "LPT-R50-DARTS-2nd, CIFAR-100; authors' DARTS_CIFAR100_TS_50",
+        "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 dil3:1 | skip:0 dil3:1",
+        "max:1 max:0 | max:0 dil5:2 | skip:2 max:0 | skip:2 max:0"),
+    "LPT_DARTS_PLUS_R18_CIFAR100": (
+        "LPT-R18-DARTS+, CIFAR-100; authors' DARTS_CIFAR100_TS_18_ES",
+        "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | sep5:2 skip:0",
+        "max:0 skip:1 | max:0 skip:2 | max:0 sep5:3 | max:0 skip:2"),
+    "LPT_PDARTS": (
+        "LPT-R18-P-DARTS, CIFAR-100; authors' PDARTS_TS_CIFAR100",
+        "sep3:0 sep5:1 | skip:0 sep3:1 | sep3:0 skip:2 | sep3:0 sep3:1",
+        "dil3:0 avg:1 | dil3:1 sep5:2 | sep5:1 sep5:2 | avg:0 dil5:2"),
+    "LPT_PDARTS_R50_CIFAR100": (
+        "LPT-R50-P-DARTS, CIFAR-100; authors' PDARTS_TS_50_CIFAR100",
+        "skip:0 dil5:1 | sep3:0 sep3:1 | max:0 skip:2 | sep3:0 sep3:1",
+        "avg:0 sep3:1 | avg:0 dil3:2 | avg:0 sep3:3 | avg:0 sep3:2"),
+    "LPT_DARTS_MINUS_R18_CIFAR100": (
+        "LPT-R18-DARTS-, CIFAR-100; authors' DARTS_MINUS_TS_CIFAR100_NEW",
+        "sep3:0 sep3:1 | sep3:0 skip:1 | dil5:0 skip:1 | skip:0 skip:1",
+        "sep3:0 sep5:1 | skip:2 avg:1 | skip:2 skip:3 | skip:2 skip:3"),
+    "LPT_DARTS_1ST_R18_CIFAR10": (
+        "LPT-R18-DARTS-1st, CIFAR-10; authors' DARTS_CIFAR10_TS_1ST",
+        "sep3:0 dil5:1 | skip:0 sep5:1 | skip:0 dil3:1 | skip:0 dil3:1",
+        "max:0 max:1 | skip:2 max:0 | max:1 skip:2 | skip:2 skip:3"),
+    "LPT_DARTS_R18_CIFAR10": (
+        "LPT-R18-DARTS-2nd, CIFAR-10; authors' DARTS_CIFAR10_TS_18_V2",
+        "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 dil5:1",
+        "avg:0 avg:1 | avg:0 skip:2 | skip:2 avg:1 | avg:0 skip:2"),
+    "LPT_DARTS_R50_CIFAR10": (
+        "LPT-R50-DARTS-2nd, CIFAR-10; authors' DARTS_CIFAR10_TS_50",
+        "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:0 skip:1 | skip:0 dil3:1",
+        "dil3:0 sep3:1 | max:0 skip:2 | skip:2 skip:3 | skip:2 skip:3"),
+    "LPT_DARTS_PLUS_R18_CIFAR10": (
+        "LPT-R18-DARTS+, CIFAR-10; authors' DARTS_CIFAR10_TS_18_ES",
+        "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 sep5:1",
+        "avg:0 avg:1 | avg:0 skip:2 | skip:2 max:0 | avg:0 skip:2"),
+    "LPT_DARTS_MINUS_R18_CIFAR10": (
+        "LPT-R18-DARTS-, CIFAR-10; authors' DARTS_MINUS_TS_CIFAR10_NEW",
+        "sep3:1 sep3:0 | sep3:0 sep5:1 | sep3:0 skip:1 | skip:0 skip:1",
+        "sep3:1 sep3:0 | skip:2 max:1 | skip:2 skip:3 | skip:2 skip:3"),
+    "LPT_PDARTS_R18_CIFAR10": (
+        "LPT-R18-P-DARTS, CIFAR-10; authors' PDARTS_TS_CIFAR10",
+        "sep3:0 sep3:1 | sep3:0 dil3:2 | skip:0 dil3:3 | skip:2 dil5:4",
+        "avg:0 dil3:1 | avg:0 dil5:2 | skip:0 sep3:3 | sep3:0 dil3:2"),
+    "LPT_PC_DARTS_R18_IMAGENET": (
+        "LPT-R18-PC-DARTS-ImageNet; authors' PCDARTS_TS_IMAGENET",
+        "sep5:1 dil5:0 | sep3:0 sep3:1 | sep3:1 sep3:3 | sep5:1 sep5:3",
+        "sep3:0 sep3:1 | dil5:2 sep5:0 | max:2 dil5:3 | dil5:4 dil5:3"),
+    "LPT_PDARTS_CIFAR100_ABLATION_1": (
+        "LPT ablation 1, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_1",
+        "dil3:0 sep3:1 | skip:0 sep3:2 | sep3:0 dil3:1 | sep3:0 sep3:3",
+        "skip:0 dil5:1 | avg:0 skip:1 | skip:0 sep5:2 | skip:0 sep3:1"),
+    "LPT_PDARTS_CIFAR100_ABLATION_2": (
+        "LPT ablation 2, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_4",
+        "sep3:0 dil3:1 | sep3:0 skip:1 | max:0 sep3:1 | skip:0 sep5:1",
+        "avg:0 skip:1 | avg:0 sep5:2 | avg:0 dil3:1 | avg:0 sep3:4"),
+    "LPT_DARTS_CIFAR10_ABLATION_1": (
+        "LPT ablation 1, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_1",
+        "sep3:0 sep3:1 | skip:0 dil5:1 | skip:0 sep3:1 | skip:0 sep3:1",
+        "max:0 dil5:1 | skip:2 max:0 | skip:2 avg:0 | skip:2 skip:3"),
+    "LPT_DARTS_CIFAR10_ABLATION_2": (
+        "LPT ablation 2, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_4",
+        "sep3:0 sep3:1 | skip:0 dil3:1 | sep3:0 sep3:1 | skip:0 sep3:1",
+        "dil3:0 sep3:1 | skip:2 max:1 | skip:2 dil3:3 | skip:2 skip:4"),
+}
+
+
+def parse(normal: str, reduce: str) -> Genotype:
+    """The genotype of two cells written as in PUBLISHED."""
+    def edges(text):
+        pairs = (edge.split(":") for edge in text.replace("|", " ").split())
+        return [(SHORT[op], int(state)) for op, state in pairs]
+    return Genotype(edges(normal), [2, 3, 4, 5], edges(reduce), [2, 3, 4, 5])
+
+
+def random_cell(seed: int) -> Genotype:
+    """A uniformly random cell: two different inputs per node and any operation but `none`."""
+    rng = np.random.default_rng(seed)
+
+    def edges():
+        return [(PRIMITIVES[rng.integers(1, len(PRIMITIVES))], int(state)) for node in range(2, 6)
+                for state in sorted(rng.choice(node, 2, replace=False))]
+    return Genotype(edges(), [2, 3, 4, 5], edges(), [2, 3, 4, 5])
+
+
+def validate(cell: object, where: str) -> Genotype:
+    """The genotype in a decoded JSON value. Raises BadInput, naming `where`, if it is none."""
+    def check(ok, message):
+        if not ok:
+            raise BadInput(f"{where} is not a genotype: {message}")
+
+    check(isinstance(cell, dict) and set(cell) == set(Genotype._fields),
+          f"it must be an object with the keys {', '.join(Genotype._fields)}")
+    for kind in ("normal", "reduce"):
+        edges, concat = cell[kind], cell[f"{kind}_concat"]
+        check(isinstance(edges, list) and edges and len(edges) % 2 == 0,
+              f"{kind} must list two edges per node")
+        for i, edge in enumerate(edges):
+            check(isinstance(edge, list) and len(edge) == 2, f"{kind}[{i}] must be [op, state]")
+            check(edge[0] in PRIMITIVES[1:], f"{kind}[{i}] has the unknown operation {edge[0]!r}")
+            check(type(edge[1]) is int and 0 <= edge[1] < 2 + i // 2,
+                  f"{kind}[{i}] must take a state from 0 to {1 + i // 2}, not {edge[1]!r}")
+            check(i % 2 == 0 or edge[1] != edges[i - 1][1],
+                  f"{kind}[{i}] and the edge before it take the same state")
+        check(isinstance(concat, list) and concat and len(set(map(str, concat))) == len(concat)
+              and all(type(n) is int and 2 <= n < 2 + len(edges) // 2 for n in concat),
+              f"{kind}_concat must list different nodes from 2 to {1 + len(edges) // 2}")
+    return Genotype(**{k: [tuple(e) if isinstance(e, list) else e for e in v]
+                       for k, v in cell.items()})
+
+
+def load(arch: str) -> Genotype:
+    """The cell that `arch` names: a published name, `random:SEED` or a genotype.json file.
+
+    Raises BadInput for an unknown name and for a file that cannot be read or is malformed.
+    """
+    if arch in PUBLISHED:
+        return parse(*PUBLISHED[arch][1:])
+    kind, _, seed = arch.partition(":")
+    if kind == "random":
+        if not (seed.isascii() and seed.isdigit()):
+            raise BadInput(f"--arch {arch}: write random:SEED with a whole number, as random:1")
+        return random_cell(int(seed))
+    path = Path(arch)
+    if not path.is_file():
+        raise BadInput(f"no cell {arch!r}: neither a file, nor random:SEED, nor one of "
+                       + ", ".join(PUBLISHED))
+    try:
+        cell = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{arch} cannot be read as JSON: {error}") from None
+    return validate(cell, arch)
+
+
+def to_json(cell: Genotype) -> str:
+    return json.dumps(cell._asdict(), indent=1)
+
+
+def to_text(cell: Genotype) -> str:
+    """The cell as one line per node."""
+    lines = []
+    for kind in ("normal", "reduce"):
+        edges, concat = getattr(cell, kind), getattr(cell, f"{kind}_concat")
+        lines.append(f"{kind} cell")
+        for node in range(len(edges) // 2):
+            terms = [f"{op}({state})" for op, state in edges[2 * node:2 * node + 2]]
+            lines.append(f"  {node + 2} = {' + '.join(terms)}")
+        lines.append(f"  output = concat({', '.join(map(str, concat))})")
+    return "\n".join(lines)
+
+
+COLOURS = {"max_pool_3x3": "#b5651d", "avg_pool_3x3": "#c9971c", "skip_connect": "#7a7f87",
+           "sep_conv_3x3": "#2f6fbb", "sep_conv_5x5": "#1d4e89",
+           "dil_conv_3x3": "#2e8b6f", "dil_conv_5x5": "#1c6350"}
+
+
+def to_svg(cell: Genotype, title: str = "") -> str:
+    """The cell as a standalone SVG: states run down the diagonal, each a column (its output) and a
+    row (its inputs), and an operation sits where its input's column meets its node's row."""
+    dx, dy, pill_w, pill_h, top = 124, 50, 104, 28, 78
+    parts, y0 = [], 0
+    for kind in ("normal", "reduce"):
+        edges, concat = getattr(cell, kind), getattr(cell, f"{kind}_concat")
+        states = 2 + len(edges) // 2
+        x = [70 + dx * s for s in range(states + 1)]
+        y = [y0 + top + dy * s for s in range(states + 1)]
+        name = {0: "c(k−2)", 1: "c(k−1)", states: "c(k)"}
+        lines, pills, last = [], [], {s: s for s in range(states)}
+
+        def pill(cx, cy, text, colour, css=""):
+            pills.append(f'<rect x="{cx - pill_w / 2}" y="{cy - pill_h / 2}" width="{pill_w}" '
+                         f'height="{pill_h}" rx="{pill_h / 2}" fill="{colour}" class="{css}"/>'
+                         f'<text x="{cx}" y="{cy + 4.5}" class="{css} on">{text}</text>')
+
+        for i, (op, s) in enumerate(edges):
+            node = 2 + i // 2
+            pill(x[s], y[node], op, COLOURS[op])
+            lines.append(f'<path d="M{x[s]} {y[node]}H{x[node] - pill_w / 2}" class="w"/>')
+            last[s] = node
+        for s in concat:
+            lines.append(f'<circle cx="{x[s]}" cy="{y[states]}" r="4.5" class="d"/>')
+            last[s] = states
+        end = x[states] - pill_w / 2
+        lines.append(f'<path d="M{x[min(concat)]} {y[states]}H{end}" class="w"/>')
+        lines += [f'<path d="M{x[s]} {y[s]}V{y[end]}" class="w"/>' for s, end in last.items()]
+        for s in range(states + 1):
+            pill(x[s], y[s], name.get(s, f"node {s}"), "", "s")
+        heading = f'<text x="18" y="{y0 + 32}" class="h">{kind} cell</text>'
+        parts.append(heading + "".join(lines) + "".join(pills))
+        y0, width = y[-1] + 24, x[-1] + 70
+    title = title.replace("&", "&amp;").replace("<", "&lt;")
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y0 + 10}" \
+width="{width}" height="{y0 + 10}">
+<title>{title}</title>
+<style>
+text {{ font: 13px system-ui, sans-serif; fill: #1f2328; }}
+text.on {{ text-anchor: middle; fill: #fff; }}
+text.h {{ font-size: 16px; font-weight: 600; }}
+text.t {{ text-anchor: end; fill: #656d76; }}
+.bg {{ fill: #fff; }}
+.w {{ fill: none; stroke: #a8b0ba; stroke-width: 1.8; }}
+.d {{ fill: #a8b0ba; }}
+rect.s {{ fill: #e9edf2; stroke: #8b949e; }}
+text.s {{ fill: #1f2328; }}
+@media (prefers-color-scheme: dark) {{
+  text, text.s {{ fill: #e6edf3; }}
+  .bg {{ fill: #0d1117; }}
+  .w {{ stroke: #57606a; }}
+  .d {{ fill: #57606a; }}
+  rect.s {{ fill: #21262d; stroke: #6e7681; }}
+}}
+</style>
+<rect class="bg" width="100%" height="100%"/>
+<text x="{width - 18}" y="32" class="t">{title}</text>
+{chr(10).join(parts)}
+</svg>
+"""
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print a cell and draw it as an SVG.",
+                                     usage=argparse.SUPPRESS)     # so that an error is one line
+    parser.add_argument("arch", help="a published name, a genotype.json or random:SEED; published: "
+                                     + ", ".join(PUBLISHED))
+    parser.add_argument("--out", type=Path, default=None, help="the SVG (default: ARCH.svg here)")
+    args = parser.parse_args(argv)
+    try:
+        cell = load(args.arch)
+        out = args.out or Path(Path(args.arch).stem.replace(":", "_") + ".svg")
+        out.write_text(to_svg(cell, args.arch))
+    except (BadInput, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    print(PUBLISHED[args.arch][0] if args.arch in PUBLISHED else args.arch)
+    print(to_text(cell))
+    print(f"drawn in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Learning by Passing Tests (LPT) for neural architecture search.
+
+Algorithm 2 of "Skillearn: Machine Learning Inspired by Humans' Learning Skills" (Xie, Du and Ban,
+arXiv 2012.04863), on DARTS. A tester picks test images that are hard for the testee and worth
+learning from; the testee's architecture learns to pass the test.
+
+    max_C min_A  R(A, W*(A), C, E*(C)) - lambda L(E*, X*, D_er^val)                       Eq. 11
+    s.t.  E*(C), X*(C) = argmin  L(E, X, D_er^tr) + gamma L(E, X, sigma(C, E, D_b))       Eq. 7
+          W*(A)        = argmin  L(A, W, D_ee^tr)                                         Eq. 6
+    R = sum f(d) l(A, W, d) / sum f(d) over the bank,  f(d) = sigmoid(C(E(d))) in (0, 1)  Eq. 9, 12
+
+    A  alphas     architecture of the testee       D_ee^tr = D_er^tr  x, y            train stream
+    W  w          weights of the testee            D_b                x_bank, y_bank  bank stream
+    E  encoder    ResNet of the tester             D_er^val           x_val, y_val    val stream
+    X  executor   linear layer: classes            W', E', X'         *_virtual: one step ahead
+    C  creator    linear layer: selection f        lambda, gamma      lam, gamma
+
+    python lpt.py --dataset cifar100 --encoder resnet18
+
+Departures from the printed equations:
+1. Eq. 23 leaves out the direct dependence of f on C, which Eq. 24 keeps; it is kept in both.
+2. Eq. 22-24 print one difference for E and one for X per loss. A central difference is linear in
+   its direction, so one joint difference along (u_E, u_X) gives the same number.
+3. A and C step on one evaluation of the objective; Algorithm 2 prints them one after the other.
+4. Eq. 13 sums over the bank; here it is the mean over the bank's mini-batch, as of every loss.
+5. W' and (E', X') are one step of the actual optimizer: momentum and weight decay included.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+import darts_ops as ops
+from darts_ops import call, central_difference, descend, grad, virtual_weights
+
+
+class Tester(nn.Module):
+    """The tester's encoder E and executor X. Its creator C is apart: the other outer variable."""
+
+    def __init__(self, encoder: str, num_classes: int):
+        super().__init__()
+        self.encoder = torchvision.models.get_model(encoder, weights=None)
+        self.executor = nn.Linear(self.encoder.fc.in_features, num_classes)
+        self.encoder.fc = nn.Identity()
+
+    def forward(self, x):                                      # x (N, 3, H, W)
+        features = self.encoder(x)                             # (N, features)
+        return self.executor(features), features               # logits (N, classes)
+
+
+@dataclass
+class Learners:
+    """Testee and tester with the optimizers of their weights; alphas is A, creator is C."""
+    testee: nn.Module
+    alphas: list
+    testee_opt: torch.optim.SGD
+    tester: nn.Module | None = None
+    creator: list | None = None                                # [weight, bias]; ablation 1: [theta]
+    tester_opt: torch.optim.SGD | None = None
+
+
+def selection(creator, features, rows):
+    """f(d) in (0, 1), how likely each example is in the test, (N,).                  # LPT Eq. 12
+    Ablation 1 has no features: a learnable scalar per bank example.                 # LPT Eq. 25"""
+    if features is None:
+        return torch.sigmoid(creator[0][rows])
+    return torch.sigmoid(F.linear(features, *creator)).squeeze(1)
+
+
+def created_test_loss(creator, logits, features, y_bank):
+    """L(E, X, sigma(C, E, D_b)).                                                    # LPT Eq. 13"""
+    losses = F.cross_entropy(logits, y_bank, reduction="none")
+    return (selection(creator, features, None) * losses).mean()
+
+
+def tester_loss(tester, creator, batches, gamma, ablation):
+    """What E and X minimise in stage II; tester(x) returns logits and features.       # LPT Eq. 7
+    Ablation 2 learns from the created test alone.                                   # LPT Eq. 26"""
+    (x, y, _), (x_bank, y_bank, _), _ = batches
+    loss = gamma * created_test_loss(creator, *tester(x_bank), y_bank)
+    return loss if ablation == 2 else F.cross_entropy(tester(x)[0], y) + loss
+
+
+def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=0, radius=1e-2):
+    """dJ/dA and dJ/dC of J = R - lambda L(E', X', D_er^val): A descends J, C ascends it.
+
+    batches: (x, y, rows) of train, bank and validation stream. order 1 sets xi = 0 for A.
+    Returns (gradients of alphas, of creator, test loss R, mean selection). Changes no state.
+    """
+    (x, y, _), (x_bank, y_bank, rows), (x_val, y_val, _) = batches
+    w = list(m.testee.parameters())
+
+    # Stage I: the testee learns one step, W' = W - xi grad_W L(A, W, D_ee^tr)     # LPT Eq. 6, 16
+    w_virtual = []
+    if order == 2:
+        loss = F.cross_entropy(call(m.testee, w, x, m.alphas), y)
+        w_virtual = virtual_weights(m.testee_opt, w, grad(loss, w))
+
+    # Stage II: the tester learns one step from its data and the created test         # LPT Eq. 18
+    ex_virtual, features, meaning = [], None, 0.0
+    if ablation != 1:
+        ex = list(m.tester.parameters())
+        loss = tester_loss(lambda x: call(m.tester, ex, x), m.creator, batches, gamma, ablation)
+        ex_virtual = virtual_weights(m.tester_opt, ex, grad(loss, ex))
+        features = call(m.tester, ex_virtual, x_bank)[1]
+        meaning = F.cross_entropy(call(m.tester, ex_virtual, x_val)[0], y_val)
+
+    # Validation stage: one evaluation and one backward pass serve A and C        # LPT Eq. 15, 19
+    losses = F.cross_entropy(call(m.testee, w_virtual or [p.detach() for p in w], x_bank, m.alphas),
+                             y_bank, reduction="none")                               # LPT Eq. 8
+    f = selection(m.creator, features, rows)
+    difficulty = (f * losses).sum() / f.sum()                                     # LPT Eq. 9, 14
+    parts = (m.alphas, m.creator, w_virtual, ex_virtual)
+    grads = iter(grad(difficulty - lam * meaning, [t for part in parts for t in part]))
+    g_alpha, g_creator, v, u = ([next(grads) for _ in part] for part in parts)
+
+    # dJ/dA through W': - xi (d2 L(A, W, D_ee^tr) / dA dW) v                      # LPT Eq. 16, 17
+    if order == 2:
+        def grad_alpha(w):
+            return grad(F.cross_entropy(call(m.testee, w, x, m.alphas), y), m.alphas)
+
+        xi = m.testee_opt.param_groups[0]["lr"]
+        product = central_difference(grad_alpha, w, v, radius)
+        g_alpha = [g - xi * p for g, p in zip(g_alpha, product)]
+
+    # dJ/dC through E', X': - gamma xi (d2 L(E, X, sigma) / dC d(E, X)) u            # LPT Eq. 20-24
+    if ablation != 1:
+        def grad_creator(ex):
+            with torch.no_grad():                              # C acts after E and X
+                logits, features = call(m.tester, ex, x_bank)
+            return grad(created_test_loss(m.creator, logits, features, y_bank), m.creator)
+
+        xi = m.tester_opt.param_groups[0]["lr"]
+        product = central_difference(grad_creator, ex, u, radius)
+        g_creator = [g - gamma * xi * p for g, p in zip(g_creator, product)]
+    return g_alpha, g_creator, difficulty.detach(), f.detach().mean()
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Search a cell by Learning by Passing Tests (arXiv 2012.04863, Algorithm 2).",
+        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
+    add("--dataset", type=ops.dataset_name, default="cifar100",
+        help="cifar10, cifar100, folder (your own, in --data), synthetic or synthetic:CLASSES")
+    add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
+    add("--image-size", type=ops.number(int, 8, 512), default=None,
+        help="resize a folder's images to this many pixels; size of synthetic ones")
+    add("--hold-out", type=ops.number(int, 0), default=0,
+        help="training images kept for evaluate.py to test on; the lambda study has 5000 (§3.2.4)")
+    # the method
+    add("--encoder", choices=("resnet18", "resnet50"), default="resnet18", help="E (§3.2.2)")
+    add("--order", type=int, choices=(1, 2), default=2, help="1: xi = 0 for A (DARTS §2.3)")
+    add("--lambda", dest="lam", type=real, default=1.0, help="weight of meaningfulness (§3.2.2)")
+    add("--gamma", type=real, default=1.0, help="weight of the created test in stage II (§3.2.2)")
+    add("--ablation", type=int, choices=(0, 1, 2), default=0,
+        help="1: a selection scalar per bank image, no tester (Eq. 25); 2: the tester learns from "
+             "the created test alone (Eq. 26)")
+    add("--radius", type=ops.number(float, 1e-12), default=1e-2,
+        help="of the central differences: eps = radius / |v| (below Eq. 17)")
+    # the learners (§3.2.2; DARTS §A.1)
+    add("--layers", type=ops.number(int, 3), default=8, help="cells")
+    add("--channels", type=ops.number(int, 2), default=16, help="C of the first cell")
+    add("--epochs", type=ops.number(int, 1), default=50, help="passes over the training half")
+    add("--batch-size", type=ops.number(int, 2), default=64, help="of each of the three streams")
+    add("--lr", type=real, default=0.025, help="of W, cosine")
+    add("--lr-min", type=real, default=0.001, help="where W's cosine ends")
+    add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="of W, E and X")
+    add("--weight-decay", type=real, default=3e-4, help="of W, E and X")
+    add("--grad-clip", type=real, default=5.0, help="largest gradient norm of W; 0: any")
+    add("--alpha-lr", type=real, default=3e-4, help="of A, Adam (0.5, 0.999)")
+    add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
+    add("--tester-lr", type=real, default=0.025, help="of E and X, cosine to 0")
+    add("--creator-lr", type=real, default=3e-4, help="of C, Adam")
+    add("--creator-weight-decay", type=real, default=1e-3, help="of C")
+    # the run
+    add("--seed", type=ops.number(int, 0), default=1, help="the papers use 1 to 10")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--out", type=Path, default=None, help="run folder (default: runs/lpt-DATASET-SEED)")
+    add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
+    add("--log-every", type=ops.number(int, 1), default=10, help="steps between printed lines")
+    add("--quick", action=yes_no, default=False, help="a tiny run on synthetic images, 2 minutes")
+    quick = dict(dataset="synthetic", image_size=16, layers=3, channels=4, epochs=2, batch_size=50)
+    return ops.parse(parser, argv, "lpt", quick)
+
+
+def write_tests(path, data, rows, f, count=12):
+    """tests.png: the bank images that the tester weighs most and least."""
+    order = f.argsort(descending=True, stable=True).tolist()
+    caption = lambda i: (int(rows[i]), f"{data.classes[data.labels[rows[i]]]}\nf = {f[i]:.4f}")
+    picks = [[caption(i) for i in order[:count]], [caption(i) for i in order[::-1][:count]]]
+    ops.write_pictures(path, data, picks, ["Weighed most", "Weighed least"])
+
+
+def main(argv=None):
+    args, checkpoint = get_args(argv)
+    device = ops.pick_device(args.device)
+    data = ops.load_images(args.dataset, args.data, device, args.image_size)
+    train_rows, val_rows, _ = ops.split_rows(len(data.labels), args.seed, args.hold_out)
+    train_stream = ops.Stream(data, train_rows, args.batch_size, args.seed, "train")
+    bank_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "bank")
+    val_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "val")
+
+    torch.manual_seed(args.seed)
+    num_classes = len(data.classes)
+    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
+    testee = ops.place(ops.Supernet(args.channels, num_classes, args.layers), device)
+    alphas = ops.initial_alphas(device)
+    testee_opt = torch.optim.SGD(testee.parameters(), args.lr, **sgd)
+    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
+                                 weight_decay=args.alpha_weight_decay)
+    tester = ops.place(Tester(args.encoder, num_classes), device)
+    if args.ablation == 1:       # not in the paper: theta starts at 0 and has the creator's Adam
+        creator = [nn.Parameter(torch.zeros(len(data.labels), device=device))]
+    else:
+        creator = list(nn.Linear(tester.executor.in_features, 1).to(device).parameters())
+    tester_opt = torch.optim.SGD(tester.parameters(), args.tester_lr, **sgd)
+    creator_opt = torch.optim.Adam(creator, args.creator_lr, weight_decay=args.creator_weight_decay)
+    m = Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
+
+    saved = {"testee": testee, "tester": tester, "testee_opt": testee_opt, "alpha_opt": alpha_opt,
+             "tester_opt": tester_opt, "creator_opt": creator_opt}
+    outer, history = nn.ParameterList(alphas + creator), []
+    saved["outer"] = outer
+    if checkpoint:
+        for name, part in saved.items():
+            part.load_state_dict(checkpoint[name])
+        history = checkpoint["history"]
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    steps, begin, done = train_stream.epoch_steps(), time.time(), 0
+    for epoch in range(len(history), args.epochs):
+        testee_opt.param_groups[0]["lr"] = ops.cosine(args.lr, args.lr_min, epoch, args.epochs)
+        tester_opt.param_groups[0]["lr"] = ops.cosine(args.tester_lr, 0, epoch, args.epochs)
+        sums, epoch_begin = torch.zeros(3, device=device), time.time()
+        for i in range(1, steps + 1):
+            step = epoch * steps + i - 1
+            batches = train_stream(step), bank_stream(step), val_stream(step)
+            x, y, _ = batches[0]
+
+            # Algorithm 2, 1. and 2.: A descends, C ascends the objective           # LPT Eq. 16-24
+            g_alpha, g_creator, difficulty, f = outer_gradients(
+                m, batches, args.order, args.lam, args.gamma, args.ablation, args.radius)
+            descend(alpha_opt, alphas, g_alpha)
+            descend(creator_opt, creator, [-g for g in g_creator])
+
+            # 3. The tester's E and X                                                 # LPT Eq. 18
+            if args.ablation != 1:
+                loss = tester_loss(tester, creator, batches, args.gamma, args.ablation)
+                ex = list(tester.parameters())
+                descend(tester_opt, ex, grad(loss, ex))
+
+            # 4. The testee's W
+            loss = F.cross_entropy(testee(x, alphas), y)
+            w = list(testee.parameters())
+            descend(testee_opt, w, grad(loss, w), args.grad_clip)
+
+            sums += torch.stack([loss.detach(), difficulty, f])
+            done += 1
+            if i % args.log_every == 0 or i == steps:
+                spent = (time.time() - begin) / done
+                left = time.strftime("%H:%M:%S", time.gmtime(
+                    spent * ((args.epochs - epoch) * steps - i)))
+                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  train loss {loss:.3f}  "
+                      f"test loss {difficulty:.3f}  selection {f:.3f}  "
+                      f"{args.batch_size / spent:.1f} images/s  left {left}", flush=True)
+
+        testee.eval(), tester.eval()
+        train_loss, test_loss, mean_f = (sums / steps).tolist()
+        history.append({
+            "epoch": epoch + 1, "train_loss": train_loss, "test_loss": test_loss,
+            "selection": mean_f, **ops.architecture_report(alphas),
+            "val_accuracy": ops.accuracy(lambda x: testee(x, alphas), data, val_rows,
+                                         args.batch_size),
+            "tester_val_accuracy": None if args.ablation == 1 else ops.accuracy(
+                lambda x: tester(x)[0], data, val_rows, args.batch_size),
+            "seconds": time.time() - epoch_begin})
+        with torch.no_grad():
+            if args.ablation == 1:
+                f = selection(creator, None, val_rows)
+            else:
+                f = torch.cat([selection(creator, tester(x)[1], None)
+                               for x, _ in data.batches(val_rows, args.batch_size)])
+        testee.train(), tester.train()
+        write_tests(args.out / "tests.png", data, val_rows, f.cpu())
+        ops.write_epoch(args.out, history, alphas, {
+            "method": "lpt", "args": ops.plain(args),
+            **{name: part.state_dict() for name, part in saved.items()}})
+        print(" ".join(f"{k} {v:.4g}" for k, v in history[-1].items() if v is not None), flush=True)
+
+    print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
+    print(f"python evaluate.py --arch {args.out}/genotype.json --dataset {args.dataset}"
+          + (f" --data {args.data}" if not args.dataset.startswith("synthetic") else "")
+          + (f" --image-size {args.image_size}" if args.image_size else "")
+          + (f" --hold-out {args.hold_out}" if args.hold_out else "")
+          + (" --quick" if args.quick else ""))
+
+
+if __name__ == "__main__":
+    ops.run(main)

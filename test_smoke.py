@@ -1,0 +1,842 @@
+"""Tests: every gradient, network and file against an oracle, then small runs from end to end.
+
+    python -m pytest -q test_smoke.py
+    python test_smoke.py --bench         # supernet speed and memory; what the difference measures
+"""
+
+import json
+import pickle
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+import types
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+import darts_ops as ops
+import evaluate
+import genotypes
+import lpt
+
+HERE = Path(__file__).resolve().parent
+
+
+def relative_error(a, b):
+    a, b = (torch.cat([t.flatten() for t in part]) for part in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def difference(a, b):
+    return [x - y for x, y in zip(a, b)]
+
+
+# ------------------------------------------------------------------ supernet: the per-edge oracle
+
+
+def naive_operation(name, C, stride):
+    """One candidate operation on one edge, spelt out (DARTS §3.1.1); search BN has no affine part."""
+    def norm():
+        return nn.BatchNorm2d(C, affine=False)
+
+    def separable(k, stride, dilation):
+        return [nn.ReLU(), nn.Conv2d(C, C, k, stride, dilation * (k - 1) // 2, dilation, C, False),
+                nn.Conv2d(C, C, 1, bias=False), norm()]
+
+    if name == "none":
+        return nn.Identity()                                       # weighted by zero, see below
+    if name == "max_pool_3x3":
+        return nn.Sequential(nn.MaxPool2d(3, stride, 1), norm())
+    if name == "avg_pool_3x3":
+        return nn.Sequential(nn.AvgPool2d(3, stride, 1, count_include_pad=False), norm())
+    if name == "skip_connect":
+        return nn.Identity() if stride == 1 else NaiveReduce(C, C)
+    k = int(name[-1])
+    if name.startswith("sep"):
+        return nn.Sequential(*separable(k, stride, 1), *separable(k, 1, 1))
+    return nn.Sequential(*separable(k, stride, 2))
+
+
+class NaiveReduce(nn.Module):
+    def __init__(self, C_in, C):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(C_in, C // 2, 1, 2, bias=False) for _ in range(2))
+        self.norm = nn.BatchNorm2d(C, affine=False)
+
+    def forward(self, x):
+        x = F.pad(F.relu(x), (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
+        return self.norm(torch.cat([self.conv1(x), self.conv2(x[:, :, 1:, 1:])], 1))
+
+
+class NaiveSupernet(nn.Module):
+    """The search network with one mixed operation per edge (DARTS Eq. 2)."""
+
+    def __init__(self, C, num_classes, layers):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False),
+                                  nn.BatchNorm2d(3 * C))
+        self.pre, self.edges, self.reduction = nn.ModuleList(), nn.ModuleList(), []
+        C_pp = C_p = 3 * C
+        for i in range(layers):
+            before = bool(self.reduction) and self.reduction[-1]
+            self.reduction.append(i in (layers // 3, 2 * layers // 3))
+            C *= 2 if self.reduction[-1] else 1
+
+            def one(C_in, C=C):
+                return nn.Sequential(nn.ReLU(), nn.Conv2d(C_in, C, 1, bias=False),
+                                     nn.BatchNorm2d(C, affine=False))
+            self.pre.append(nn.ModuleList([NaiveReduce(C_pp, C) if before else one(C_pp), one(C_p)]))
+            self.edges.append(nn.ModuleList(
+                nn.ModuleList(naive_operation(o, C, 2 if self.reduction[-1] and j < 2 else 1)
+                              for o in genotypes.PRIMITIVES)
+                for node in range(4) for j in range(2 + node)))
+            C_pp, C_p = C_p, 4 * C
+        self.classifier = nn.Linear(C_p, num_classes)
+
+    def forward(self, x, alphas):
+        s0 = s1 = self.stem(x)
+        for pre, edges, reduction in zip(self.pre, self.edges, self.reduction):
+            p = F.softmax(alphas[reduction], -1)
+            states, e = [pre[0](s0), pre[1](s1)], 0
+            for node in range(4):
+                total = 0
+                for j in range(2 + node):
+                    total = total + sum(p[e, o] * op(states[j])
+                                        for o, op in enumerate(edges[e]) if o > 0)
+                    e += 1
+                states.append(total)
+            s0, s1 = s1, torch.cat(states[2:], 1)
+        return self.classifier(s1.mean((2, 3)))
+
+
+def weight_pairs(net, naive):
+    """(merged parameter, its rows, per-edge parameter) for every parameter of the naive network."""
+    whole = slice(None)
+    for a, b in zip([*net.stem.parameters(), *net.classifier.parameters()],
+                    [*naive.stem.parameters(), *naive.classifier.parameters()]):
+        yield a, whole, b
+    for cell, pre, edges in zip(net.cells, naive.pre, naive.edges):
+        for a, b in zip([*cell.preprocess0.parameters(), *cell.preprocess1.parameters()],
+                        pre.parameters()):
+            yield a, whole, b
+        for j, state in enumerate(cell.states):
+            for m, node in enumerate(range(max(0, j - 1), 4)):
+                edge = edges[sum(2 + i for i in range(node)) + j]
+                for o, op in zip(genotypes.PRIMITIVES, edge):
+                    if o.startswith("sep"):
+                        parts = [getattr(state, f"{o}_{ab}").get_parameter(f"{kind}.weight")
+                                 for ab in "ab" for kind in ("depthwise", "pointwise")]
+                    elif o.startswith("dil"):
+                        parts = [getattr(state, o).get_parameter(f"{kind}.weight")
+                                 for kind in ("depthwise", "pointwise")]
+                    else:
+                        parts = [] if not list(op.parameters()) else [state.skip_connect.conv1.weight,
+                                                                      state.skip_connect.conv2.weight]
+                    for a, b in zip(parts, op.parameters(), strict=True):
+                        yield a, slice(m * len(b), (m + 1) * len(b)), b
+
+
+def twins(C=4, num_classes=5, layers=3, dtype=torch.float64):
+    torch.manual_seed(0)
+    net = ops.place(ops.Supernet(C, num_classes, layers), "cpu").to(dtype)
+    naive = NaiveSupernet(C, num_classes, layers).to(dtype)
+    with torch.no_grad():
+        for merged, rows, single in weight_pairs(net, naive):
+            single.copy_(merged[rows])
+    alphas = [torch.randn(14, 8, dtype=dtype).requires_grad_() for _ in range(2)]
+    return net, naive, alphas
+
+
+@pytest.mark.parametrize("layers,size", [(3, 16), (4, 12), (6, 8)])   # maps of 16..4, 12..3, 8..2
+def test_supernet_is_the_per_edge_one(layers, size):
+    net, naive, alphas = twins(layers=layers)
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in naive.parameters())
+    x, y = torch.randn(3, 3, size, size, dtype=torch.float64), torch.tensor([0, 1, 2])
+    a, b = net(x, alphas), naive(x, alphas)
+    assert relative_error([a], [b]) < 1e-10
+    net_alpha = torch.autograd.grad(F.cross_entropy(a, y), [*alphas, *net.parameters()])
+    naive_alpha = torch.autograd.grad(F.cross_entropy(b, y), [*alphas, *naive.parameters()])
+    assert relative_error(net_alpha[:2], naive_alpha[:2]) < 1e-10
+    of = dict(zip(naive.parameters(), naive_alpha[2:]))
+    to = dict(zip(net.parameters(), net_alpha[2:]))
+    seen = {merged: torch.zeros_like(merged) for merged in to}
+    for merged, rows, single in weight_pairs(net, naive):
+        seen[merged][rows] += of[single]
+    assert len(of) == len(list(naive.parameters()))
+    assert max(relative_error([to[w]], [seen[w]]) for w in to) < 1e-10
+    net.eval(), naive.eval()                                       # the same statistics were kept
+    assert relative_error([net(x, alphas)], [naive(x, alphas)]) < 1e-10
+
+
+def test_supernet_float32_and_softmax_rows():
+    net, naive, alphas = twins(C=8, layers=5, dtype=torch.float32)
+    x = torch.randn(4, 3, 16, 16)
+    a, b = net(x, alphas), naive(x, alphas)
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
+        net(x, [alphas[0][:13], alphas[1]])
+
+
+# -------------------------------------------------------------- LPT: exact differentiation oracle
+
+
+class SmoothTestee(nn.Module):
+    """A small network without kinks whose layers mix two operations by softmaxed alphas."""
+
+    def __init__(self, inputs=6, hidden=7, classes=4):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(inputs, hidden), nn.Linear(inputs, hidden), \
+            nn.Linear(hidden, classes)
+
+    def forward(self, x, alphas):
+        p, q = F.softmax(alphas[0], -1), F.softmax(alphas[1], -1)
+        h = p[0] * torch.tanh(self.a(x)) + p[1] * F.softplus(self.b(x)) + p[2] * self.a(x)
+        return self.c(q[0] * h + q[1] * torch.tanh(h))
+
+
+class SmoothTester(nn.Module):
+    def __init__(self, inputs=6, hidden=5, classes=4):
+        super().__init__()
+        self.encoder, self.executor = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
+
+    def forward(self, x):
+        features = torch.tanh(self.encoder(x))
+        return self.executor(features), features
+
+
+def momentum_step(optimizer, loss):
+    """Gives the optimizer momentum buffers, as in the middle of a search."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def smooth_problem(ablation=0, seed=0):
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.float64)
+    try:
+        testee, tester, creator = SmoothTestee(), SmoothTester(), nn.Linear(5, 1)
+        alphas = [torch.randn(3).requires_grad_(), torch.randn(2).requires_grad_()]
+        batches = tuple((torch.randn(9, 6), torch.randint(4, (9,)), torch.randperm(20)[:9])
+                        for _ in range(3))
+        theta = [torch.randn(20).requires_grad_()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return learners(testee, alphas, tester, theta if ablation == 1 else list(creator.parameters()),
+                    batches), batches
+
+
+def learners(testee, alphas, tester, creator, batches, lr=0.1):
+    sgd = dict(lr=lr, momentum=0.9, weight_decay=3e-4)
+    testee_opt = torch.optim.SGD(testee.parameters(), **sgd)
+    tester_opt = torch.optim.SGD(tester.parameters(), **sgd)
+    x, y, _ = batches[0]
+    momentum_step(testee_opt, F.cross_entropy(testee(x, alphas), y))
+    momentum_step(tester_opt, F.cross_entropy(tester(x)[0], y))
+    for t in [*alphas, *creator]:
+        t.grad = None
+    return lpt.Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
+
+
+def supernet_problem(encoder="resnet18"):
+    torch.manual_seed(0)
+    testee = ops.place(ops.Supernet(4, 5, 3), "cpu").double()
+    tester = ops.place(lpt.Tester(encoder, 5), "cpu").double()
+    alphas = [torch.randn(14, 8, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    creator = list(nn.Linear(tester.executor.in_features, 1).double().parameters())
+    batches = tuple((torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(5, (4,)),
+                     torch.arange(4)) for _ in range(3))
+    return learners(testee, alphas, tester, creator, batches, lr=0.025), batches
+
+
+def sgd_step(optimizer, weights, loss):
+    """One SGD step that stays in the graph."""
+    group = optimizer.param_groups[0]
+    return [w - group["lr"] * (group["momentum"] * optimizer.state[w]["momentum_buffer"] + g
+                               + group["weight_decay"] * w)
+            for w, g in zip(weights, torch.autograd.grad(loss, weights, create_graph=True))]
+
+
+def exact_lpt(m, batches, order=2, lam=1.0, gamma=1.0, ablation=0):
+    """J through the unrolled steps (LPT Eq. 11), differentiated exactly: the total gradients of A
+    and C, and their direct parts, with the virtual weights held fixed."""
+    (x, y, _), (x_bank, y_bank, rows), (x_val, y_val, _) = batches
+    w, ex = list(m.testee.parameters()), list(m.tester.parameters())
+
+    def creator_f(ex):
+        if ablation == 1:
+            return torch.sigmoid(m.creator[0])[rows]
+        features = ops.call(m.tester, ex, x_bank)[1]
+        return torch.sigmoid(features @ m.creator[0].T + m.creator[1])[:, 0]
+
+    def objective(w, ex):
+        each = -F.log_softmax(ops.call(m.testee, w, x_bank, m.alphas), 1)[range(len(y_bank)), y_bank]
+        f = creator_f(ex)
+        J = (f * each).sum() / f.sum()
+        if ablation != 1:
+            J = J - lam * F.cross_entropy(ops.call(m.tester, ex, x_val)[0], y_val)
+        return J
+
+    w_virtual, ex_virtual = w, ex
+    if order == 2:
+        w_virtual = sgd_step(m.testee_opt, w, F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y))
+    if ablation != 1:
+        bank = F.cross_entropy(ops.call(m.tester, ex, x_bank)[0], y_bank, reduction="none")
+        loss = gamma * (creator_f(ex) * bank).mean()
+        if ablation == 0:
+            loss = loss + F.cross_entropy(ops.call(m.tester, ex, x)[0], y)
+        ex_virtual = sgd_step(m.tester_opt, ex, loss)
+    n = len(m.alphas)
+    total = torch.autograd.grad(objective(w_virtual, ex_virtual), [*m.alphas, *m.creator])
+    fixed = [[t.detach() for t in part] for part in (w_virtual, ex_virtual)]
+    direct = torch.autograd.grad(objective(*fixed), [*m.alphas, *m.creator])
+    return (total[:n], total[n:]), (direct[:n], direct[n:])
+
+
+def lpt_errors(m, batches, module=lpt, radius=1e-2, **kw):
+    """Relative errors of the second-order terms of A and of C, by themselves; a gradient without
+    one must be equal as it is."""
+    got = module.outer_gradients(m, batches, radius=radius, **kw)[:2]
+    total, direct = exact_lpt(m, batches, **kw)
+    errors = []
+    for g, t, d in zip(got, total, direct):
+        second = difference(t, d)
+        if max(s.abs().max() for s in second) > 1e-13:
+            errors.append(relative_error(difference(g, d), second))
+        else:
+            errors.append(relative_error(g, t))
+    return errors
+
+
+CASES = [dict(order=o, ablation=a, lam=lam, gamma=gamma) for o in (1, 2) for a in (0, 1, 2)
+         for lam, gamma in ((1.0, 1.0), (0.5, 2.0))]
+
+
+@pytest.mark.parametrize("kw", CASES, ids=lambda kw: "-".join(map(str, kw.values())))
+def test_lpt_gradients_on_the_smooth_network(kw):
+    m, batches = smooth_problem(kw["ablation"])
+    assert max(lpt_errors(m, batches, **kw)) < 1e-4
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(order=1), dict(ablation=2, lam=0.5, gamma=2.0)], ids=str)
+def test_lpt_gradients_on_the_supernet_with_resnet18(kw):
+    m, batches = supernet_problem()
+    assert max(lpt_errors(m, batches, radius=1e-8, **kw)) < 1e-4
+
+
+MUTATIONS = {
+    "divisor": ("(p - n) / (2 * eps)", "(p - n) / 2 * eps"),
+    "sign of A's term": ("[g - xi * p for g, p in zip(g_alpha", "[g + xi * p for g, p in zip(g_alpha"),
+    "sign of C's term": ("[g - gamma * xi * p", "[g + gamma * xi * p"),
+    "gamma left out": ("[g - gamma * xi * p", "[g - xi * p"),
+    "no df/dC (Eq. 23)": ("f = selection(m.creator, features, rows)",
+                          "f = selection([c.detach() for c in m.creator], features, rows) "
+                          "+ 0 * sum(c.sum() for c in m.creator)"),
+    "no df/dC in the numerator only": (
+        "difficulty = (f * losses).sum() / f.sum()",
+        "difficulty = (selection([c.detach() for c in m.creator], features, rows) * losses).sum() "
+        "/ f.sum()"),
+    "no 1/sum f": ("(f * losses).sum() / f.sum()", "(f * losses).mean()"),
+    "no momentum": ("torch._foreach_add_(step, buffers, alpha=group[\"momentum\"])", "pass"),
+    "lambda's sign": ("difficulty - lam * meaning", "difficulty + lam * meaning"),
+    "f not differentiated by E": ("return (selection(creator, features, None) * losses).mean()",
+                                  "return (selection(creator, features.detach(), None) * losses)"
+                                  ".mean()"),
+}
+
+
+def mutant(method, old, new):
+    """The method's module with one piece of its source, or of darts_ops, replaced."""
+    modules, hits = {}, 0
+    for name in ("darts_ops", method):
+        source = (HERE / f"{name}.py").read_text()
+        hits += source.count(old)
+        modules[name] = types.ModuleType(f"mutant_{name}")
+        held, sys.modules["darts_ops"] = sys.modules["darts_ops"], modules["darts_ops"]
+        sys.modules[f"mutant_{name}"] = modules[name]
+        try:
+            exec(compile(source.replace(old, new), name, "exec"), modules[name].__dict__)
+        finally:
+            sys.modules["darts_ops"] = held
+    assert hits == 1, f"{old!r} is there {hits} times"
+    return modules[method]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_wrong_lpt_gradient_is_seen(name):
+    m, batches = smooth_problem()
+    assert max(lpt_errors(m, batches, module=mutant("lpt", *MUTATIONS[name]), gamma=2.0)) > 1e-3
+
+
+def darts_gradient(testee, alphas, optimizer, train, val):
+    """Second-order DARTS (its Eq. 7) by exact differentiation."""
+    w = list(testee.parameters())
+    loss = F.cross_entropy(ops.call(testee, w, train[0], alphas), train[1])
+    w_virtual = sgd_step(optimizer, w, loss)
+    return torch.autograd.grad(F.cross_entropy(ops.call(testee, w_virtual, val[0], alphas), val[1]),
+                               alphas)
+
+
+def test_lpt_with_a_constant_test_is_darts():
+    m, batches = smooth_problem()
+    with torch.no_grad():
+        m.creator[0].zero_()                                       # f = sigmoid(bias) for every image
+    got = lpt.outer_gradients(m, batches, lam=0.0)[0]
+    assert relative_error(got, darts_gradient(m.testee, m.alphas, m.testee_opt, *batches[:2])) < 1e-6
+
+
+def test_central_difference_of_a_zero_direction_is_zero():
+    w, a = [torch.randn(3)], torch.randn(3, requires_grad=True)
+
+    def grad_at(w):
+        return ops.grad((w[0] * a).sin().sum(), [a])
+
+    assert ops.central_difference(grad_at, w, [torch.zeros(3)])[0].abs().max() == 0
+    assert ops.central_difference(grad_at, w, [torch.full((3,), float("nan"))])[0].isnan().all()
+
+
+def snapshot(*parts):
+    """Every tensor of modules and optimizers, and every .grad, copied."""
+    tensors = []
+    for part in parts:
+        if isinstance(part, nn.Module):
+            tensors += [*part.state_dict().values(), *(p.grad for p in part.parameters())]
+        elif isinstance(part, torch.optim.Optimizer):
+            tensors += [t for s in part.state.values() for t in s.values()]
+        else:
+            tensors += [*part, *(t.grad for t in part)]
+    return [t.detach().clone() if torch.is_tensor(t) else t for t in tensors]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) if torch.is_tensor(x) and torch.is_tensor(y)
+                                    else x is y or x == y for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("kw", [dict(order=2), dict(order=1), dict(ablation=1), dict(ablation=2)],
+                         ids=str)
+def test_a_gradient_evaluation_changes_no_state(kw):
+    m, batches = supernet_problem()
+    if kw.get("ablation") == 1:
+        m.creator = [torch.zeros(4, dtype=torch.float64, requires_grad=True)]
+    for w in m.testee.parameters():
+        w.grad = torch.ones_like(w)
+    parts = m.testee, m.tester, m.testee_opt, m.tester_opt, m.alphas, m.creator
+    before = snapshot(*parts)
+    lpt.outer_gradients(m, batches, **kw)
+    assert same(before, snapshot(*parts))
+    m.testee(batches[0][0], m.alphas)                              # an ordinary pass does change it
+    assert not same(before, snapshot(*parts))
+
+
+def test_virtual_weights_are_the_optimizers_step():
+    m, batches = smooth_problem()
+    w = list(m.testee.parameters())
+    grads = ops.grad(F.cross_entropy(m.testee(batches[0][0], m.alphas), batches[0][1]), w)
+    for fresh in (False, True):                                    # with and without momentum buffers
+        if fresh:
+            m.testee_opt.state.clear()
+        virtual = ops.virtual_weights(m.testee_opt, w, grads)
+        before = [t.detach().clone() for t in w]
+        ops.descend(m.testee_opt, w, grads)
+        assert relative_error(virtual, w) < 1e-14
+        with torch.no_grad():
+            torch._foreach_copy_(w, before)
+
+
+# ---------------------------------------------------------------------------- genotypes and cells
+
+PARAMS = {                              # millions: cifar10, cifar100, imagenet
+    "DARTS_V1": (3.169, 3.221, 4.51),
+    "DARTS_V2": (3.349, 3.401, 4.719),
+    "PDARTS": (3.434, 3.486, 4.944),
+    "PC_DARTS_cifar": (3.635, 3.687, 5.271),
+    "PC_DARTS_image": (3.722, 3.773, 5.342),
+    "LPT_DARTS_1ST_R18_CIFAR100": (2.09, 2.142, 3.261),
+    "LPT_DARTS_R18_CIFAR100": (2.116, 2.168, 3.307),
+    "LPT_DARTS_R50_CIFAR100": (2.481, 2.533, 3.731),
+    "LPT_DARTS_PLUS_R18_CIFAR100": (3.716, 3.768, 5.167),
+    "LPT_PDARTS": (3.857, 3.908, 5.446),
+    "LPT_PDARTS_R50_CIFAR100": (3.212, 3.264, 4.668),
+    "LPT_DARTS_MINUS_R18_CIFAR100": (2.774, 2.826, 4.113),
+    "LPT_DARTS_1ST_R18_CIFAR10": (2.702, 2.754, 3.95),
+    "LPT_DARTS_R18_CIFAR10": (3.422, 3.474, 4.783),
+    "LPT_DARTS_R50_CIFAR10": (3.434, 3.486, 4.866),
+    "LPT_DARTS_PLUS_R18_CIFAR10": (3.626, 3.678, 5.013),
+    "LPT_DARTS_MINUS_R18_CIFAR10": (3.331, 3.383, 4.75),
+    "LPT_PDARTS_R18_CIFAR10": (3.242, 3.293, 4.72),
+    "LPT_PC_DARTS_R18_IMAGENET": (4.542, 4.594, 6.223),
+    "LPT_PDARTS_CIFAR100_ABLATION_1": (3.787, 3.838, 5.374),
+    "LPT_PDARTS_CIFAR100_ABLATION_2": (3.213, 3.265, 4.647),
+    "LPT_DARTS_CIFAR10_ABLATION_1": (3.045, 3.097, 4.377),
+    "LPT_DARTS_CIFAR10_ABLATION_2": (3.463, 3.514, 4.916),
+}
+
+
+@pytest.mark.parametrize("name", genotypes.PUBLISHED)
+def test_parameter_counts(name, capsys):
+    counts = []
+    for dataset in ("cifar10", "cifar100", "imagenet"):
+        evaluate.main(["--arch", name, "--dataset", dataset, "--count-params"])
+        counts.append(json.loads(capsys.readouterr().out)["params_M"])
+    assert tuple(counts) == PARAMS[name]
+
+
+def test_decoding_by_hand():
+    """Rows: an edge each, in the order none max avg skip sep3 sep5 dil3 dil5."""
+    alpha = torch.zeros(14, 8)
+    alpha[0, 4], alpha[1, 6] = 2, 1                                # node 2 has two edges: both stay
+    alpha[2, 0], alpha[3, 3], alpha[4, 5] = 9, 1, 2                # none is no reason to keep 2 <- 0
+    alpha[5:9] = 0                                                 # all tied: states 0, 1, max_pool
+    alpha[9, 2] = alpha[9, 7] = 3                                  # a tie within an edge: the first
+    alpha[12, 1], alpha[13, 1] = 1, 1.5                            # three edges compete: 5 <- 0, 4
+    cell = ops.decode([alpha, torch.zeros(14, 8)])
+    assert cell.normal == [
+        ("sep_conv_3x3", 0), ("dil_conv_3x3", 1),
+        ("sep_conv_5x5", 2), ("skip_connect", 1),
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+        ("avg_pool_3x3", 0), ("max_pool_3x3", 4)]
+    assert cell.reduce == [("max_pool_3x3", s) for _ in range(4) for s in (0, 1)]
+    # the softmax comes before the ranking: a large `none` takes from its edge's other operations
+    alpha = torch.zeros(14, 8)
+    alpha[2, 4], alpha[3, 4], alpha[4, 4] = 3, 2, 1
+    alpha[2, 0] = 9
+    assert ops.decode([alpha, alpha]).normal[2:4] == [("sep_conv_3x3", 1), ("sep_conv_3x3", 2)]
+
+
+def test_genotypes_as_json_text_and_svg(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in [*genotypes.PUBLISHED, "random:3"]:
+        cell = genotypes.load(name)
+        (tmp_path / "g.json").write_text(genotypes.to_json(cell))
+        assert genotypes.load("g.json") == cell
+        genotypes.main([name])
+        assert genotypes.to_text(cell) in capsys.readouterr().out
+        svg = xml.etree.ElementTree.parse(f"{name.replace(':', '_')}.svg")
+        words = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}text")]
+        assert sorted(w for w in words if w in genotypes.PRIMITIVES) == sorted(
+            op for op, _ in cell.normal + cell.reduce)
+    assert genotypes.random_cell(1) == genotypes.random_cell(1) != genotypes.random_cell(2)
+
+
+def test_network_sizes_and_auxiliary_head():
+    cell = genotypes.load("LPT_PDARTS")
+    for size in (28, 30, 32, 33, 48, 64, 96):
+        network = evaluate.Network(cell, 4, 7, 3, image_size=size)
+        logits, auxiliary = network(torch.randn(2, 3, size, size))
+        assert logits.shape == auxiliary.shape == (2, 7)
+        network.eval()
+        assert network(torch.randn(1, 3, size, size))[1] is None
+    pools = {size: evaluate.AuxiliaryHead(4, 2, size).features[1] for size in (7, 8, 12)}
+    assert (pools[8].stride, pools[7].stride) == (3, 2)            # the published windows
+    assert isinstance(pools[12], nn.AdaptiveAvgPool2d)
+    wide = evaluate.Network(cell, 8, 7, 3, imagenet=True, image_size=64)
+    assert wide(torch.randn(2, 3, 64, 64))[1].shape == (2, 7)
+
+
+def test_drop_path_drops_whole_paths_and_keeps_the_mean():
+    torch.manual_seed(0)
+    cell = evaluate.Cell(genotypes.load("LPT_PDARTS"), 4, 4, 4, False, False)
+    x = torch.randn(4, 4, 8, 8)
+    assert torch.equal(cell(x, x, 0.0), cell(x, x, 0.0))
+    assert not torch.equal(cell(x, x, 0.5), cell(x, x, 0.0))
+    cell.eval()
+    assert torch.equal(cell(x, x, 0.5), cell(x, x, 0.0))
+
+
+# ----------------------------------------------------------------------------- images and streams
+
+
+def test_streams_are_pure_shuffled_and_independent():
+    data = ops.synthetic(10, 8, "cpu")
+    train, val, held = ops.split_rows(2000, seed=3, hold_out=100)
+    assert sorted([*train, *val, *held]) == list(range(2000)) and len(train) == len(val) == 950
+    assert np.array_equal(held, ops.split_rows(2000, seed=4, hold_out=100)[2])
+    assert not np.array_equal(train, ops.split_rows(2000, seed=4, hold_out=100)[0])
+    streams = [ops.Stream(data, val, 64, 3, name) for name in ("bank", "val", "bank")]
+    drawn = [torch.cat([s(i)[2] for i in range(streams[0].epoch_steps())]) for s in streams]
+    assert sorted(drawn[0][:950].tolist()) == sorted(val)          # each image once a pass
+    assert sorted(streams[0].rows) == sorted(torch.cat([drawn[0][950:], streams[0](15)[2],
+                                                        *(streams[0](i)[2] for i in range(16, 31))])
+                                             [:950].tolist())      # and once in the next, which
+    assert not torch.equal(drawn[0], drawn[1])                     # runs on across batches
+    for step in (40, 3):                                           # any order of asking
+        for a, b in zip(streams[0](step), streams[2](step)):
+            assert torch.equal(a, b)
+    other = ops.Stream(data, val, 64, 4, "bank")
+    assert not torch.equal(other(0)[2], streams[0](0)[2])
+
+
+def test_augmentation_is_a_crop_flip_and_cutout_of_each_image():
+    data = ops.synthetic(10, 16, "cpu")
+    rows = torch.arange(64)
+    plain, mean, std = data.images[rows], data.mean, data.std
+    assert torch.allclose(data.batch(rows), (plain / 255 - mean) / std, atol=1e-6)
+    got = data.batch(rows, np.random.default_rng(0)) * std + mean
+    padded, found = F.pad(plain, (2,) * 4) / 255, set()
+    for i in range(64):                                            # find each image's own crop
+        hits = [(dy, dx, flip) for dy in range(5) for dx in range(5) for flip in (0, 1)
+                if torch.allclose((padded[i, :, dy:dy + 16, dx:dx + 16].flip(-1) if flip else
+                                   padded[i, :, dy:dy + 16, dx:dx + 16]), got[i], atol=1e-5)]
+        assert len(hits) == 1
+        found.add(hits[0])
+    assert len(found) > 30                                         # drawn per image, not per batch
+    assert {f for _, _, f in found} == {0, 1} and {d for d, _, _ in found} == set(range(5))
+    cut = data.batch(rows, np.random.default_rng(0), cutout=6)
+    holes = (cut == 0).all(1) & ~((got - mean) / std == 0).all(1)
+    assert (holes.sum((1, 2)) <= 36).all() and (holes.sum((1, 2)) == 36).any()
+    for hole in holes:
+        ys, xs = hole.any(1).nonzero()[:, 0], hole.any(0).nonzero()[:, 0]
+        assert hole.sum() == (ys[-1] - ys[0] + 1) * (xs[-1] - xs[0] + 1) > 0
+
+
+def test_synthetic_images_have_a_few_wrong_labels_and_fixed_content():
+    a, b = ops.synthetic(10, 16, "cpu"), ops.synthetic(10, 16, "cpu")
+    assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    true = np.random.default_rng([10, 16, False]).integers(10, size=2000)
+    assert 0.02 < (a.labels.numpy() != true).mean() < 0.06
+    assert len(ops.synthetic(3, 16, "cpu").labels.unique()) == 3
+
+
+def write_cifar(root, monkeypatch, kind="CIFAR10", n=40):
+    """A small CIFAR in the original format, its checksums patched into torchvision's class."""
+    source = getattr(torchvision.datasets, kind)
+    folder, rng = root / source.base_folder, np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    fine = kind == "CIFAR100"
+    names = [f"class{i}" for i in range(100 if fine else 10)]
+
+    def dump(name, value):
+        (folder / name).write_bytes(pickle.dumps(value))
+        return [name, torchvision.datasets.utils.calculate_md5(folder / name)]
+
+    def part(k):
+        return {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8),
+                "fine_labels" if fine else "labels": [(k + i) % len(names) for i in range(n)]}
+
+    lists = {key: [dump(name, part(k)) for k, (name, _) in enumerate(getattr(source, key))]
+             for key in ("train_list", "test_list")}
+    meta = dump(source.meta["filename"], {source.meta["key"]: names})
+    for key, value in lists.items():
+        monkeypatch.setattr(source, key, value)
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": meta[1]})
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["CIFAR10", "CIFAR100"])
+def test_cifar_files(kind, tmp_path, monkeypatch):
+    folder = write_cifar(tmp_path, monkeypatch, kind)
+    train = ops.load_images(kind.lower(), tmp_path, "cpu")
+    test = ops.load_images(kind.lower(), tmp_path, "cpu", test=True)
+    assert train.images.shape[1:] == test.images.shape[1:] == (3, 32, 32)
+    raw = pickle.loads(next(folder.glob("*test*")).read_bytes())
+    assert torch.equal(test.images.flatten(1), torch.from_numpy(raw["data"]))
+    assert torch.allclose(train.mean.flatten(), (train.images / 255.).mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(train.std.flatten(), (train.images / 255.).std((0, 2, 3)), atol=1e-4)
+    with next(folder.glob("*test*")).open("r+b") as file:          # a flipped byte is not loaded,
+        file.write(b"x")                                           # and nothing can be downloaded
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    with pytest.raises(ops.BadInput, match="cannot be downloaded"):
+        ops.load_images(kind.lower(), tmp_path, "cpu", test=True)
+
+
+def offline(*args, **kwargs):
+    raise OSError("no network")
+
+
+def write_folder(root, sizes=(12,), classes=("cat", "dog"), n=12, parts=("train", "test")):
+    rng = np.random.default_rng(0)
+    for part in parts:
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                size = sizes[i % len(sizes)]
+                pixels = rng.integers(0, 256, (size, size + 2 * (len(sizes) > 1), 3), dtype=np.uint8)
+                ops.Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+def test_folder_of_images(tmp_path):
+    root = write_folder(tmp_path / "a")
+    data = ops.load_images("folder", root, "cpu")
+    assert data.images.shape == (24, 3, 12, 12) and data.classes == ["cat", "dog"]
+    first = np.asarray(ops.Image.open(root / "train" / "cat" / "0.png"))
+    assert np.array_equal(data.images[0].permute(1, 2, 0).numpy(), first)
+    mixed = write_folder(tmp_path / "b", sizes=(12, 20), parts=("train", "val"))
+    assert ops.load_images("folder", mixed, "cpu", 16).images.shape == (24, 3, 16, 16)
+    assert ops.load_images("folder", mixed, "cpu", 16, test=True).images.shape == (24, 3, 16, 16)
+    with pytest.raises(ops.BadInput, match="--image-size"):
+        ops.load_images("folder", mixed, "cpu")
+
+
+# --------------------------------------------------------------------------------------- the runs
+
+TINY = ["--dataset", "synthetic:3", "--image-size", "8", "--layers", "3", "--channels", "2",
+        "--batch-size", "200", "--device", "cpu"]
+
+
+def run_script(module, *argv):
+    """The exit code of a script run in this process."""
+    try:
+        ops.run(module.main, [str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def tree(root):
+    return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("ablation", [0, 1, 2])
+def test_lpt_search_then_evaluation(ablation, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    assert run_script(lpt, *TINY, "--epochs", 1, "--ablation", ablation, "--out", run) == 0
+    assert {p.name for p in run.iterdir()} == {"genotype.json", "checkpoint.pt", "cells.svg",
+                                               "tests.png", "log.jsonl"}
+    line = json.loads((run / "log.jsonl").read_text())
+    assert line["epoch"] == 1 and 0 < line["selection"] < 1 and 0 <= line["val_accuracy"] <= 1
+    assert ops.Image.open(run / "tests.png").size[0] > 1000
+    command = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert command[:2] == ["python", "evaluate.py"]
+    small = ["--layers", 3, "--channels", 2, "--epochs", 1, "--batch-size", 200, "--out", "e"]
+    assert run_script(evaluate, *command[2:], *small) == 0
+    result = json.loads((tmp_path / "e" / "result.json").read_text())
+    assert 0 <= result["test_error"] <= 100 and result["test_images"] == 400
+
+
+def finals(folder):
+    """What a run ended with, its durations left out."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for line in state["history"]:
+        line.pop("seconds")
+    flat, todo = [], [state]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            todo += [value[k] for k in sorted(value, key=str)]
+        elif isinstance(value, (list, tuple)):
+            todo += list(value)
+        else:
+            flat.append(value)
+    return flat
+
+
+@pytest.mark.parametrize("module,extra", [
+    (lpt, ["--hold-out", 100]), (lpt, ["--ablation", 1]),
+    (evaluate, ["--arch", "random:1", "--drop-path", 0.5])], ids=["lpt", "ablation 1", "evaluate"])
+def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = [*TINY, *extra, "--epochs", 2]
+    assert run_script(module, *argv, "--out", whole) == 0
+    write, saves = ops.write, []
+
+    def interrupt(path, content):
+        write(path, content)
+        if path.name == "checkpoint.pt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(module, *argv, "--out", cut)
+    monkeypatch.setattr(ops, "write", write)
+    needed = ["--arch", "random:1"] if module is evaluate else []
+    assert run_script(module, *needed, "--device", "cpu", "--out", cut, "--resume") == 0
+    a, b = finals(whole), finals(cut)
+    assert same(a, b) and len(a) > 20
+    assert run_script(module, *needed, "--out", cut, "--resume", "--seed", 2) == 2
+
+
+BAD = [
+    (lpt, ["--dataset", "mnist"]), (lpt, ["--dataset", "synthetic:1"]), (lpt, ["--base", "enas"]),
+    (lpt, ["--order", 3]), (lpt, ["--encoder", "vgg"]), (lpt, ["--epochs", 0]),
+    (lpt, ["--batch-size", "many"]), (lpt, ["--lambda", -1]), (lpt, ["--lambda", "nan"]),
+    (lpt, ["--gamma", "inf"]), (lpt, ["--layers", 2]), (lpt, ["--seed", -1]), (lpt, ["--nonsense"]),
+    (lpt, [*TINY, "--batch-size", 5000]), (lpt, ["--resume", "--out", "nowhere"]),
+    (lpt, ["--dataset", "folder", "--data", "nowhere"]), (lpt, ["--dataset", "imagenet"]),
+    (lpt, ["--dataset", "cifar10", "--image-size", 64]), (lpt, ["--dataset", "cifar100"]),
+    (lpt, ["--dataset", "folder", "--data", "empty"]),
+    (lpt, ["--dataset", "folder", "--data", "corrupt"]),
+    (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--out", "full"]),
+    (evaluate, []), (evaluate, ["--arch", "NOPE"]), (evaluate, ["--arch", "random:x"]),
+    (evaluate, ["--arch", "full"]), (evaluate, [*TINY, "--arch", "DARTS_V2", "--out", "full"]),
+    (evaluate, [*TINY, "--arch", "DARTS_V2", "--drop-path", 1.5]),
+    (evaluate, ["--arch", "DARTS_V2", "--dataset", "folder", "--data", "untested"]),
+    (evaluate, ["--arch", "DARTS_V2", "--count-params", "--dataset", "synthetic"]),
+]
+
+
+@pytest.mark.parametrize("module,argv", BAD, ids=lambda v: " ".join(map(str, v))[-40:]
+                         if isinstance(v, list) else v.__name__)
+def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    corrupt = next((write_folder(tmp_path / "corrupt") / "train" / "cat").iterdir())
+    corrupt.write_bytes(corrupt.read_bytes()[:200])
+    write_folder(tmp_path / "untested", parts=("train",))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    before = tree(tmp_path)
+    assert run_script(module, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: " in error and "Traceback" not in error
+    if "corrupt" in argv:
+        assert str(corrupt.relative_to(tmp_path)) in error
+    assert tree(tmp_path) == before
+
+
+GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "null", "3", '"DARTS_V2"', "[" * 100000,
+    *(json.dumps({**GOOD, **change}) for change in [
+        {"normal": []}, {"normal": 3}, {"normal": GOOD["normal"][:3]}, {"extra": 1},
+        {"normal": [["conv", 0], *GOOD["normal"][1:]]}, {"normal": [["none", 0], *GOOD["normal"][1:]]},
+        {"normal": [["skip_connect", 2], *GOOD["normal"][1:]]},
+        {"normal": [["skip_connect", True], *GOOD["normal"][1:]]},
+        {"normal": [["skip_connect", 1.0], *GOOD["normal"][1:]]},
+        {"normal": [["skip_connect", 1], *GOOD["normal"][1:]]}, {"normal": [[["a"], 0]] * 8},
+        {"reduce_concat": [2, 2]}, {"reduce_concat": [6]}, {"reduce_concat": []},
+        {"reduce_concat": [0, 1]}, {"reduce_concat": None}]),
+    json.dumps({k: v for k, v in GOOD.items() if k != "reduce"}), "\x00\xff"],
+    ids=lambda t: t[:30])
+def test_malformed_genotypes(text, tmp_path, capsys):
+    (tmp_path / "g.json").write_text(text)
+    assert run_script(evaluate, "--arch", tmp_path / "g.json", "--count-params") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_damaged_checkpoints(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    marker = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    for content in (b"", b"no checkpoint", pickle.dumps(Malicious())):
+        (run / "checkpoint.pt").write_bytes(content)
+        assert run_script(lpt, "--resume", "--out", run) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not marker.exists()
+
+
+def test_scripts_stand_alone():
+    """Importing does nothing; --help works."""
+    for name in ("lpt", "evaluate", "genotypes"):
+        done = subprocess.run([sys.executable, "-W", "error", HERE / f"{name}.py", "--help"],
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and "--out" in done.stdout and not done.stderr
