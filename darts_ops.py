@@ -10,8 +10,10 @@ import math
 import os
 import pickle
 import sys
+import time
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont      # Pillow comes with torchvision
+from PIL import Image, ImageDraw, ImageFont  # Pillow comes with torchvision
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -368,13 +370,14 @@ def load_images(dataset: str, data: Path, device, image_size: int | None = None,
                 test: bool = False) -> ImageSet:
     """The training (or test) images of a data set.
 
-    dataset: cifar10, cifar100, folder (an ImageFolder tree: train/, and test/ or val/),
-    synthetic or synthetic:CLASSES. Raises BadInput where they cannot be had.
+    dataset: cifar10, cifar100, folder or folder:DIR (an ImageFolder tree: train/, and test/ or
+    val/), synthetic or synthetic:CLASSES. Raises BadInput where they cannot be had.
     """
-    name, _, count = dataset.partition(":")
+    name, _, option = dataset.partition(":")
     if name == "synthetic":
-        return synthetic(int(count or 10), image_size or 32, device, test)
+        return synthetic(int(option or 10), image_size or 32, device, test)
     if name == "folder":
+        data = Path(option or data)
         parts = [data / part for part in (("test", "val") if test else ("train",))]
         path = next((p for p in parts if p.is_dir()), None)
         if path is None:
@@ -509,16 +512,15 @@ def number(kind, low, high=math.inf):
 
 def dataset_name(text: str) -> str:
     """An argparse type: the data sets of load_images."""
-    name, colon, count = text.partition(":")
-    if name in ("cifar10", "cifar100", "imagenet", "folder", "synthetic") and not colon:
-        return text
-    if name == "synthetic" and count.isascii() and count.isdigit() and 2 <= int(count) <= 1000:
+    name, colon, option = text.partition(":")
+    known = name in ("cifar10", "cifar100", "imagenet", "folder", "synthetic") and not colon
+    classes = name == "synthetic" and option.isascii() and option.isdigit()
+    if known or (name == "folder" and option) or (classes and 2 <= int(option) <= 1000):
         return text
     raise ValueError
 
 
-dataset_name.__name__ = ("data set (cifar10, cifar100, imagenet, folder, synthetic or "
-                         "synthetic:CLASSES)")
+dataset_name.__name__ = "data set (cifar10, cifar100, imagenet, folder[:DIR], synthetic[:CLASSES])"
 
 
 def parse(parser, argv, method: str, quick: dict):
@@ -533,7 +535,9 @@ def parse(parser, argv, method: str, quick: dict):
         args = parser.parse_args(argv)
     arch = Path(getattr(args, "arch", ""))
     cell = [arch.parent.name if arch.suffix == ".json" else arch.name] if arch.name else []
-    name = "-".join([method, *cell, args.dataset, str(args.seed)]).replace(":", "")
+    tasks = getattr(args, "tasks", None) or [args.dataset]
+    name = "-".join([method, *cell, *(t.replace(":", "").replace("/", "_") for t in tasks),
+                     str(args.seed)])
     out = args.out or Path("runs") / name
     checkpoint = None
     if args.resume:
@@ -575,6 +579,34 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pace(begin: float, done: int, left: int, batch_size: int) -> str:
+    """The speed since time.time() was `begin`, and the time that `left` more steps will take."""
+    spent = (time.time() - begin) / done
+    return f"{batch_size / spent:.1f} images/s  left {timedelta(seconds=round(spent * left))}"
+
+
+@dataclass
+class RandomState:
+    """torch's generators as a part of a run; drop-path draws from them."""
+    device: torch.device
+
+    def state_dict(self):
+        cuda = self.device.type == "cuda"
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
+
+    def load_state_dict(self, state):
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+def restore(parts: dict, checkpoint: dict | None) -> list[dict]:
+    """Put a checkpoint's states into the parts of a run; returns the epochs' history, if any."""
+    for name, part in parts.items() if checkpoint else ():
+        part.load_state_dict(checkpoint[name])
+    return checkpoint["history"] if checkpoint else []
+
+
 def write(path: Path, content: str | dict):
     """Replace a file whole, or not at all: text, or what torch.save takes."""
     temporary = path.with_name(path.name + ".tmp")
@@ -585,34 +617,48 @@ def write(path: Path, content: str | dict):
     os.replace(temporary, path)
 
 
-def write_epoch(out: Path, history: list[dict], alphas: list[Tensor], state: dict):
-    """What a search leaves behind after each epoch: the log, the cell, its drawing, the checkpoint
-    (last, so that an interruption repeats the epoch)."""
-    write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-    cell = decode(alphas)
-    write(out / "genotype.json", to_json(cell))
-    write(out / "cells.svg", to_svg(cell, f"{out.name}, epoch {history[-1]['epoch']}"))
-    write(out / "checkpoint.pt", {**state, "history": history})
+def write_epoch(args, method: str, history: list[dict], parts: dict, alphas=None):
+    """What a run leaves behind after each epoch: the log, a search's cell and its drawing, and the
+    checkpoint (last, so that an interruption repeats the epoch)."""
+    line = history[-1]
+    print(" ".join(f"{k} {v:.4g}" for k, v in line.items() if v is not None), flush=True)
+    write(args.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    if alphas:
+        cell = decode(alphas)
+        write(args.out / "genotype.json", to_json(cell))
+        write(args.out / "cells.svg", to_svg(cell, f"{args.out.name}, epoch {line['epoch']}"))
+    write(args.out / "checkpoint.pt", {
+        "method": method, "args": plain(args), "history": history,
+        **{name: part.state_dict() for name, part in parts.items()}})
 
 
-def write_pictures(path: Path, data: ImageSet, rows: list, heading: list[str], scale: int = 96):
-    """A PNG of rows of images under their headings, each image over its caption.
+def print_next(args, dataset: str):
+    """The command that evaluates what a search found."""
+    parts = [f"python evaluate.py --arch {args.out}/genotype.json --dataset {dataset}"]
+    if not dataset.startswith("synthetic"):
+        parts.append(f"--data {args.data}")
+    parts += [f"--image-size {args.image_size}"] if args.image_size else []
+    parts += [f"--hold-out {args.hold_out}"] if args.hold_out else []
+    print(*parts, *["--quick"] if args.quick else [])
 
-    rows: per heading, a list of (row in data, caption).
+
+def write_pictures(path: Path, rows: dict, size: int = 96):
+    """A PNG of rows of images, `size` pixels each, under their titles and over their captions.
+
+    rows: title -> list of (image (3, H, W) uint8, caption).
     """
-    size, gap, font = scale, 10, ImageFont.load_default(13)
-    columns = max(len(row) for row in rows)
-    width, height = gap + columns * (size + gap), len(rows) * (size + 78) + gap
+    gap, columns = 10, max(map(len, rows.values()))
+    width, height = gap + columns * (size + gap), gap + len(rows) * (size + 78)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (title, row) in enumerate(zip(heading, rows)):
+    for r, (title, row) in enumerate(rows.items()):
         y = gap + r * (size + 78)
         draw.text((gap, y), title, "black", ImageFont.load_default(15))
-        for c, (index, caption) in enumerate(row):
+        for c, (pixels, caption) in enumerate(row):
             x = gap + c * (size + gap)
-            image = Image.fromarray(data.images[index].permute(1, 2, 0).cpu().numpy())
+            image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
             canvas.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y + 24))
-            draw.text((x, y + 27 + size), caption, "black", font)
+            draw.text((x, y + 27 + size), caption, "black", ImageFont.load_default(13))
     canvas.save(path, "PNG")
 
 

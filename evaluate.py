@@ -196,12 +196,8 @@ def main(argv=None):
     drop_path = args.drop_path
     if drop_path is None:
         drop_path = 0.3 if "PDARTS" in args.arch or "PC_DARTS" in args.arch else 0.2
-    history = []
-    if checkpoint:
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        history = checkpoint["history"]
+    parts = {"network": network, "optimizer": optimizer, "rng": ops.RandomState(device)}
+    history = ops.restore(parts, checkpoint)
     args.out.mkdir(parents=True, exist_ok=True)
     params = count_params(network)
     print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
@@ -221,19 +217,13 @@ def main(argv=None):
             sums += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()])
             done += 1
             if i % args.log_every == 0 or i == steps:
-                spent = (time.time() - begin) / done
-                left = time.strftime("%H:%M:%S", time.gmtime(
-                    spent * ((args.epochs - epoch) * steps - i)))
-                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  loss {loss:.3f}  "
-                      f"{args.batch_size / spent:.1f} images/s  left {left}", flush=True)
+                pace = ops.pace(begin, done, (args.epochs - epoch) * steps - i, args.batch_size)
+                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  loss {loss:.3f}  {pace}",
+                      flush=True)
         train_loss, train_accuracy = (sums / steps).tolist()
         history.append({"epoch": epoch + 1, "train_loss": train_loss,
                         "train_accuracy": train_accuracy, "seconds": time.time() - epoch_begin})
-        ops.write(args.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-        ops.write(args.out / "checkpoint.pt", {
-            "method": "evaluate", "args": ops.plain(args), "history": history,
-            "network": network.state_dict(), "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state()})
+        ops.write_epoch(args, "evaluate", history, parts)
 
     network.eval()
     error = 100 * (1 - ops.accuracy(lambda x: model(x)[0], test_data, test_rows, args.batch_size))

@@ -191,11 +191,15 @@ def get_args(argv=None):
 
 
 def write_tests(path, data, rows, f, count=12):
-    """tests.png: the bank images that the tester weighs most and least."""
+    """tests.png: the bank images that the tester weighs most and least, f (len(rows),)."""
     order = f.argsort(descending=True, stable=True).tolist()
-    caption = lambda i: (int(rows[i]), f"{data.classes[data.labels[rows[i]]]}\nf = {f[i]:.4f}")
-    picks = [[caption(i) for i in order[:count]], [caption(i) for i in order[::-1][:count]]]
-    ops.write_pictures(path, data, picks, ["Weighed most", "Weighed least"])
+
+    def pictures(picks):
+        return [(data.images[rows[i]], f"{data.classes[data.labels[rows[i]]]}\nf = {f[i]:.4f}")
+                for i in picks]
+
+    ops.write_pictures(path, {"Weighed most by the tester": pictures(order[:count]),
+                              "Weighed least by the tester": pictures(order[::-1][:count])})
 
 
 def main(argv=None):
@@ -224,14 +228,10 @@ def main(argv=None):
     creator_opt = torch.optim.Adam(creator, args.creator_lr, weight_decay=args.creator_weight_decay)
     m = Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
 
-    saved = {"testee": testee, "tester": tester, "testee_opt": testee_opt, "alpha_opt": alpha_opt,
-             "tester_opt": tester_opt, "creator_opt": creator_opt}
-    outer, history = nn.ParameterList(alphas + creator), []
-    saved["outer"] = outer
-    if checkpoint:
-        for name, part in saved.items():
-            part.load_state_dict(checkpoint[name])
-        history = checkpoint["history"]
+    parts = {"testee": testee, "outer": nn.ParameterList(alphas + creator), "tester": tester,
+             "testee_opt": testee_opt, "alpha_opt": alpha_opt, "tester_opt": tester_opt,
+             "creator_opt": creator_opt}
+    history = ops.restore(parts, checkpoint)
     args.out.mkdir(parents=True, exist_ok=True)
 
     steps, begin, done = train_stream.epoch_steps(), time.time(), 0
@@ -264,12 +264,9 @@ def main(argv=None):
             sums += torch.stack([loss.detach(), difficulty, f])
             done += 1
             if i % args.log_every == 0 or i == steps:
-                spent = (time.time() - begin) / done
-                left = time.strftime("%H:%M:%S", time.gmtime(
-                    spent * ((args.epochs - epoch) * steps - i)))
+                pace = ops.pace(begin, done, (args.epochs - epoch) * steps - i, args.batch_size)
                 print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  train loss {loss:.3f}  "
-                      f"test loss {difficulty:.3f}  selection {f:.3f}  "
-                      f"{args.batch_size / spent:.1f} images/s  left {left}", flush=True)
+                      f"test loss {difficulty:.3f}  selection {f:.3f}  {pace}", flush=True)
 
         testee.eval(), tester.eval()
         train_loss, test_loss, mean_f = (sums / steps).tolist()
@@ -289,17 +286,10 @@ def main(argv=None):
                                for x, _ in data.batches(val_rows, args.batch_size)])
         testee.train(), tester.train()
         write_tests(args.out / "tests.png", data, val_rows, f.cpu())
-        ops.write_epoch(args.out, history, alphas, {
-            "method": "lpt", "args": ops.plain(args),
-            **{name: part.state_dict() for name, part in saved.items()}})
-        print(" ".join(f"{k} {v:.4g}" for k, v in history[-1].items() if v is not None), flush=True)
+        ops.write_epoch(args, "lpt", history, parts, alphas)
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
-    print(f"python evaluate.py --arch {args.out}/genotype.json --dataset {args.dataset}"
-          + (f" --data {args.data}" if not args.dataset.startswith("synthetic") else "")
-          + (f" --image-size {args.image_size}" if args.image_size else "")
-          + (f" --hold-out {args.hold_out}" if args.hold_out else "")
-          + (" --quick" if args.quick else ""))
+    ops.print_next(args, args.dataset)
 
 
 if __name__ == "__main__":

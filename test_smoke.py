@@ -6,11 +6,8 @@
 
 import json
 import pickle
-import statistics
 import subprocess
 import sys
-import tarfile
-import time
 import types
 import xml.etree.ElementTree
 from pathlib import Path
@@ -25,6 +22,8 @@ import torchvision
 import darts_ops as ops
 import evaluate
 import genotypes
+import il
+import lease
 import lpt
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +42,7 @@ def difference(a, b):
 
 
 def naive_operation(name, C, stride):
-    """One candidate operation on one edge, spelt out (DARTS §3.1.1); search BN has no affine part."""
+    """One candidate operation on one edge, spelt out (DARTS §3.1.1); no BN has an affine part."""
     def norm():
         return nn.BatchNorm2d(C, affine=False)
 
@@ -93,7 +92,8 @@ class NaiveSupernet(nn.Module):
             def one(C_in, C=C):
                 return nn.Sequential(nn.ReLU(), nn.Conv2d(C_in, C, 1, bias=False),
                                      nn.BatchNorm2d(C, affine=False))
-            self.pre.append(nn.ModuleList([NaiveReduce(C_pp, C) if before else one(C_pp), one(C_p)]))
+            self.pre.append(nn.ModuleList([NaiveReduce(C_pp, C) if before else one(C_pp),
+                                           one(C_p)]))
             self.edges.append(nn.ModuleList(
                 nn.ModuleList(naive_operation(o, C, 2 if self.reduction[-1] and j < 2 else 1)
                               for o in genotypes.PRIMITIVES)
@@ -137,9 +137,10 @@ def weight_pairs(net, naive):
                     elif o.startswith("dil"):
                         parts = [getattr(state, o).get_parameter(f"{kind}.weight")
                                  for kind in ("depthwise", "pointwise")]
+                    elif o == "skip_connect" and state.stride == 2:
+                        parts = [state.skip_connect.conv1.weight, state.skip_connect.conv2.weight]
                     else:
-                        parts = [] if not list(op.parameters()) else [state.skip_connect.conv1.weight,
-                                                                      state.skip_connect.conv2.weight]
+                        parts = []
                     for a, b in zip(parts, op.parameters(), strict=True):
                         yield a, slice(m * len(b), (m + 1) * len(b)), b
 
@@ -151,8 +152,7 @@ def twins(C=4, num_classes=5, layers=3, dtype=torch.float64):
     with torch.no_grad():
         for merged, rows, single in weight_pairs(net, naive):
             single.copy_(merged[rows])
-    alphas = [torch.randn(14, 8, dtype=dtype).requires_grad_() for _ in range(2)]
-    return net, naive, alphas
+    return net, naive, supernet_alphas(dtype)
 
 
 @pytest.mark.parametrize("layers,size", [(3, 16), (4, 12), (6, 8)])   # maps of 16..4, 12..3, 8..2
@@ -191,13 +191,13 @@ def test_supernet_float32_and_softmax_rows():
 class SmoothTestee(nn.Module):
     """A small network without kinks whose layers mix two operations by softmaxed alphas."""
 
-    def __init__(self, inputs=6, hidden=7, classes=4):
+    def __init__(self, inputs=6, hidden=20, classes=4):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(inputs, hidden), nn.Linear(inputs, hidden), \
             nn.Linear(hidden, classes)
 
     def forward(self, x, alphas):
-        p, q = F.softmax(alphas[0], -1), F.softmax(alphas[1], -1)
+        p, q, x = F.softmax(alphas[0], -1), F.softmax(alphas[1], -1), x.flatten(1)
         h = p[0] * torch.tanh(self.a(x)) + p[1] * F.softplus(self.b(x)) + p[2] * self.a(x)
         return self.c(q[0] * h + q[1] * torch.tanh(h))
 
@@ -208,7 +208,7 @@ class SmoothTester(nn.Module):
         self.encoder, self.executor = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
 
     def forward(self, x):
-        features = torch.tanh(self.encoder(x))
+        features = torch.tanh(self.encoder(x.flatten(1)))
         return self.executor(features), features
 
 
@@ -220,19 +220,23 @@ def momentum_step(optimizer, loss):
     optimizer.zero_grad()
 
 
-def smooth_problem(ablation=0, seed=0):
-    torch.manual_seed(seed)
-    torch.set_default_dtype(torch.float64)
-    try:
-        testee, tester, creator = SmoothTestee(), SmoothTester(), nn.Linear(5, 1)
-        alphas = [torch.randn(3).requires_grad_(), torch.randn(2).requires_grad_()]
-        batches = tuple((torch.randn(9, 6), torch.randint(4, (9,)), torch.randperm(20)[:9])
-                        for _ in range(3))
-        theta = [torch.randn(20).requires_grad_()]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return learners(testee, alphas, tester, theta if ablation == 1 else list(creator.parameters()),
-                    batches), batches
+def smooth_batches(count, classes=4):
+    return [(torch.randn(9, 3, 2, 1, dtype=torch.float64), torch.randint(classes, (9,)),
+             torch.randperm(20)[:9]) for _ in range(count)]
+
+
+def smooth_alphas():
+    return [torch.randn(n, dtype=torch.float64).requires_grad_() for n in (3, 2)]
+
+
+def smooth_problem(ablation=0):
+    torch.manual_seed(0)
+    testee, tester = SmoothTestee().double(), SmoothTester().double()
+    creator = list(nn.Linear(5, 1).double().parameters())
+    if ablation == 1:
+        creator = [torch.randn(20, dtype=torch.float64).requires_grad_()]
+    batches = smooth_batches(3)
+    return learners(testee, smooth_alphas(), tester, creator, batches), batches
 
 
 def learners(testee, alphas, tester, creator, batches, lr=0.1):
@@ -247,11 +251,15 @@ def learners(testee, alphas, tester, creator, batches, lr=0.1):
     return lpt.Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
 
 
+def supernet_alphas(dtype=torch.float64):
+    return [torch.randn(14, 8, dtype=dtype).requires_grad_() for _ in range(2)]
+
+
 def supernet_problem(encoder="resnet18"):
     torch.manual_seed(0)
     testee = ops.place(ops.Supernet(4, 5, 3), "cpu").double()
     tester = ops.place(lpt.Tester(encoder, 5), "cpu").double()
-    alphas = [torch.randn(14, 8, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    alphas = supernet_alphas()
     creator = list(nn.Linear(tester.executor.in_features, 1).double().parameters())
     batches = tuple((torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(5, (4,)),
                      torch.arange(4)) for _ in range(3))
@@ -279,7 +287,8 @@ def exact_lpt(m, batches, order=2, lam=1.0, gamma=1.0, ablation=0):
         return torch.sigmoid(features @ m.creator[0].T + m.creator[1])[:, 0]
 
     def objective(w, ex):
-        each = -F.log_softmax(ops.call(m.testee, w, x_bank, m.alphas), 1)[range(len(y_bank)), y_bank]
+        log_p = F.log_softmax(ops.call(m.testee, w, x_bank, m.alphas), 1)
+        each = -log_p[range(len(y_bank)), y_bank]
         f = creator_f(ex)
         J = (f * each).sum() / f.sum()
         if ablation != 1:
@@ -288,7 +297,8 @@ def exact_lpt(m, batches, order=2, lam=1.0, gamma=1.0, ablation=0):
 
     w_virtual, ex_virtual = w, ex
     if order == 2:
-        w_virtual = sgd_step(m.testee_opt, w, F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y))
+        loss = F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y)
+        w_virtual = sgd_step(m.testee_opt, w, loss)
     if ablation != 1:
         bank = F.cross_entropy(ops.call(m.tester, ex, x_bank)[0], y_bank, reduction="none")
         loss = gamma * (creator_f(ex) * bank).mean()
@@ -327,7 +337,8 @@ def test_lpt_gradients_on_the_smooth_network(kw):
     assert max(lpt_errors(m, batches, **kw)) < 1e-4
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(order=1), dict(ablation=2, lam=0.5, gamma=2.0)], ids=str)
+@pytest.mark.parametrize("kw", [dict(), dict(order=1), dict(ablation=2, lam=0.5, gamma=2.0)],
+                         ids=str)
 def test_lpt_gradients_on_the_supernet_with_resnet18(kw):
     m, batches = supernet_problem()
     assert max(lpt_errors(m, batches, radius=1e-8, **kw)) < 1e-4
@@ -335,7 +346,8 @@ def test_lpt_gradients_on_the_supernet_with_resnet18(kw):
 
 MUTATIONS = {
     "divisor": ("(p - n) / (2 * eps)", "(p - n) / 2 * eps"),
-    "sign of A's term": ("[g - xi * p for g, p in zip(g_alpha", "[g + xi * p for g, p in zip(g_alpha"),
+    "sign of A's term": ("g - xi * p for g, p in zip(g_alpha, product)",
+                         "g + xi * p for g, p in zip(g_alpha, product)"),
     "sign of C's term": ("[g - gamma * xi * p", "[g + gamma * xi * p"),
     "gamma left out": ("[g - gamma * xi * p", "[g - xi * p"),
     "no df/dC (Eq. 23)": ("f = selection(m.creator, features, rows)",
@@ -389,9 +401,10 @@ def darts_gradient(testee, alphas, optimizer, train, val):
 def test_lpt_with_a_constant_test_is_darts():
     m, batches = smooth_problem()
     with torch.no_grad():
-        m.creator[0].zero_()                                       # f = sigmoid(bias) for every image
+        m.creator[0].zero_()                                       # f = sigmoid(bias) everywhere
     got = lpt.outer_gradients(m, batches, lam=0.0)[0]
-    assert relative_error(got, darts_gradient(m.testee, m.alphas, m.testee_opt, *batches[:2])) < 1e-6
+    exact = darts_gradient(m.testee, m.alphas, m.testee_opt, *batches[:2])
+    assert relative_error(got, exact) < 1e-6
 
 
 def test_central_difference_of_a_zero_direction_is_zero():
@@ -442,7 +455,7 @@ def test_virtual_weights_are_the_optimizers_step():
     m, batches = smooth_problem()
     w = list(m.testee.parameters())
     grads = ops.grad(F.cross_entropy(m.testee(batches[0][0], m.alphas), batches[0][1]), w)
-    for fresh in (False, True):                                    # with and without momentum buffers
+    for fresh in (False, True):                                    # with and without momentum
         if fresh:
             m.testee_opt.state.clear()
         virtual = ops.virtual_weights(m.testee_opt, w, grads)
@@ -451,6 +464,287 @@ def test_virtual_weights_are_the_optimizers_step():
         assert relative_error(virtual, w) < 1e-14
         with torch.no_grad():
             torch._foreach_copy_(w, before)
+
+
+# --------------------------------------------------------------- IL: exact differentiation oracle
+
+
+def il_problem(K, M, supernet=False, lr=0.025):
+    """Stages with momentum buffers, A, and batches for training (per stage) and validation."""
+    torch.manual_seed(0)
+    stages, train, val = [], [], []
+    for l in range(K * M):
+        classes = 4 + l % K                                        # tasks differ in classes
+        if supernet:
+            net = ops.place(ops.Supernet(4, classes, 3), "cpu").double()
+        else:
+            net = SmoothTestee(classes=classes).double()
+        opt = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=3e-4)
+        stages.append(il.Stage(l % K, net, opt))
+    alphas = supernet_alphas() if supernet else smooth_alphas()
+    for l, stage in enumerate(stages):
+        shape = (4, 3, 16, 16) if supernet else (9, 3, 2, 1)
+        for batches in (train, val)[:2 if l < K else 1]:
+            batches.append((torch.randn(shape, dtype=torch.float64),
+                            torch.randint(4 + l % K, shape[:1])))
+        momentum_step(stage.opt, F.cross_entropy(stage.net(train[l][0], alphas), train[l][1]))
+    for a in alphas:
+        a.grad = None
+    return stages, alphas, train, val
+
+
+def stage_gradients(stages, alphas, train):
+    return [ops.grad(F.cross_entropy(ops.call(s.net, list(s.net.parameters()), x, alphas), y),
+                     list(s.net.parameters())) for s, (x, y) in zip(stages, train)]
+
+
+def exact_il(stages, alphas, train, val, lam, step):
+    """sum_k L_k^val through the unrolled stages (IL Eq. 32), differentiated exactly: the total
+    gradient of A and its direct part."""
+    bars = []
+    for stage, (x, y) in zip(stages, train):
+        w = list(stage.net.parameters())
+        bar = sgd_step(stage.opt, w, F.cross_entropy(ops.call(stage.net, w, x, alphas), y))
+        pull = 2 * stage.opt.param_groups[0]["lr"] * lam
+        if bars and step == "proximal":
+            bar[:-2] = [(b + pull * p) / (1 + pull) for b, p in zip(bar[:-2], bars[-1])]
+        elif bars:
+            bar[:-2] = [b - pull * (t - p) for b, t, p in zip(bar[:-2], w, bars[-1])]
+        bars.append(bar)
+
+    def objective(bars):
+        last = len(stages) - len(val)
+        return sum(F.cross_entropy(ops.call(stage.net, bar, x, alphas), y)
+                   for stage, bar, (x, y) in zip(stages[last:], bars[last:], val))
+
+    direct = torch.autograd.grad(objective([[t.detach() for t in bar] for bar in bars]), alphas)
+    return torch.autograd.grad(objective(bars), alphas), direct
+
+
+def il_error(problem, lam, step, module=il, radius=1e-2):
+    stages, alphas, train, val = problem
+    got, _ = module.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train,
+                                   val, lam, step, radius=radius)
+    total, direct = exact_il(*problem, lam, step)
+    return relative_error(difference(got, direct), difference(total, direct))
+
+
+@pytest.mark.parametrize("step", ["proximal", "printed"])
+@pytest.mark.parametrize("lam", [0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("M", [1, 2, 3])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_il_gradient_on_the_smooth_network(K, M, lam, step):
+    assert il_error(il_problem(K, M), lam, step) < 1e-4
+
+
+@pytest.mark.parametrize("step,lam", [("proximal", 100.0), ("printed", 1.0)])
+def test_il_gradient_on_the_supernet(step, lam):
+    assert il_error(il_problem(2, 2, supernet=True), lam, step, radius=1e-8) < 1e-4
+
+
+IL_MUTATIONS = {
+    "2 eta lambda left out of the sweep": ("u[l][:-HEAD], alpha=pull)", "u[l][:-HEAD])"),
+    "1/(1 + 2 eta lambda) left out of the sweep": ("[gain * t for t in u[l]", "[t for t in u[l]"),
+    "1/(1 + 2 eta lambda) left out of the step": ("/ (1 + 2 * lr * lam), 1 / (1 + 2 * lr * lam)",
+                                                  "/ (1 + 2 * lr * lam), 1.0"),
+    "first stage first": ("for l in reversed(range(len(stages))):", "for l in range(len(stages)):"),
+    "head coupled": ("[gain * t for t in u[l][:-HEAD]] + u[l][-HEAD:]", "[gain * t for t in u[l]]"),
+    "sign": ("[g - eta * p", "[g + eta * p"),
+}
+
+
+@pytest.mark.parametrize("name", IL_MUTATIONS)
+def test_a_wrong_il_gradient_is_seen(name):
+    module = mutant("il", *IL_MUTATIONS[name])
+    assert il_error(il_problem(2, 2), 10.0, "proximal", module) > 1e-3
+
+
+def test_il_of_one_stage_is_darts():
+    stages, alphas, train, val = problem = il_problem(1, 1)
+    grads = stage_gradients(stages, alphas, train)
+    got, _ = il.outer_gradient(stages, alphas, grads, train, val, 0.0)
+    exact = darts_gradient(stages[0].net, alphas, stages[0].opt, train[0], val[0])
+    assert relative_error(got, exact) < 1e-5
+    first, _ = il.outer_gradient(stages, alphas, grads, train, val, 0.0, order=1)
+    assert relative_error(first, exact_il(*problem, 0.0, "proximal")[1]) < 1e-12
+
+
+def test_il_weights_take_the_virtual_step():
+    """update_weights without clipping is the step that outer_gradient looks ahead by."""
+    for step, lam in (("proximal", 100.0), ("printed", 10.0)):
+        stages, alphas, train, val = il_problem(2, 2)
+        grads, bars = stage_gradients(stages, alphas, train), []
+        for l, (s, g) in enumerate(zip(stages, grads)):
+            w = list(s.net.parameters())
+            bars.append(il.coupled(w, ops.virtual_weights(s.opt, w, g), bars[-1] if l else None,
+                                   *il.coupling(0.025, lam, step, l == 0)))
+        il.update_weights(stages, grads, lam, step)
+        for s, bar in zip(stages, bars):
+            assert relative_error(list(s.net.parameters()), bar) < 1e-12
+
+
+@pytest.mark.parametrize("step", ["proximal", "printed"])
+def test_500_coupled_steps(step):
+    """lambda = 100, eta = 0.025: the proximal step is stable, the printed one is not."""
+    stages, alphas, train, _ = il_problem(2, 2)
+
+    def state():
+        encoders = [[t.detach() for t in s.net.parameters()][:-2] for s in stages]
+        apart = max(sum((a - b).square().sum() for a, b in zip(p, q)).sqrt().item()
+                    for p, q in zip(encoders, encoders[1:]))
+        with torch.no_grad():
+            return apart, sum(F.cross_entropy(s.net(x, alphas), y).item()
+                              for s, (x, y) in zip(stages, train))
+
+    (apart, loss), largest = state(), 0.0
+    for _ in range(500 if step == "proximal" else 14):
+        il.update_weights(stages, stage_gradients(stages, alphas, train), 100.0, step, clip=5.0)
+        largest = max(largest, state()[0])
+    if step == "proximal":
+        assert largest <= apart and state()[1] < 0.5 * loss
+    else:
+        assert not largest < 1e6 * apart
+
+
+# ------------------------------------------------------------ LeaSE: exact differentiation oracle
+
+
+class SmoothAudience(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def lease_problem(supernet=False):
+    torch.manual_seed(0)
+    if supernet:
+        explainer = ops.place(ops.Supernet(4, 5, 3), "cpu").double()
+        audience = ops.place(torchvision.models.resnet18(num_classes=5), "cpu").double()
+        alphas, shape, classes = supernet_alphas(), (4, 3, 32, 32), 5
+    else:
+        explainer, audience = SmoothTestee().double(), SmoothAudience().double()
+        alphas, shape, classes = smooth_alphas(), (9, 3, 2, 1), 4
+    train, val = ((torch.randn(shape, dtype=torch.float64), torch.randint(classes, shape[:1]))
+                  for _ in range(2))
+    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 3e-4}
+    m = lease.Learners(explainer, alphas, torch.optim.SGD(explainer.parameters(), **sgd),
+                       audience, torch.optim.SGD(audience.parameters(), **sgd))
+    momentum_step(m.explainer_opt, F.cross_entropy(explainer(train[0], alphas), train[1]))
+    momentum_step(m.audience_opt, F.cross_entropy(audience(train[0]), train[1]))
+    for a in alphas:
+        a.grad = None
+    return m, train, val, 0.01 * torch.randn(shape, dtype=torch.float64)
+
+
+def exact_lease(m, train, val, delta, gamma=1.0, weighting="signed", order=2):
+    """J through the unrolled stages (LeaSE Eq. 5), differentiated exactly: the total gradient of A
+    and its direct part."""
+    (x, y), (x_val, y_val) = train, val
+    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
+
+    def explainer(e, x):
+        return ops.call(m.explainer, e, x, m.alphas)
+
+    e_virtual = e
+    if order == 2:
+        e_virtual = sgd_step(m.explainer_opt, e, F.cross_entropy(explainer(e, x), y))
+    start = delta.clone().requires_grad_()
+    spread = -(F.softmax(explainer(e_virtual, x), 1)
+               * F.log_softmax(explainer(e_virtual, x + start), 1)).sum()
+    g, = torch.autograd.grad(spread, [start], create_graph=True)
+    each = g.detach().flatten(1).square().sum(1).sqrt()
+    explanation = start + (x[0].numel() ** 0.5 / each).view(-1, 1, 1, 1) * g
+    weight = explanation.abs() if weighting == "magnitude" else explanation
+    w_virtual = sgd_step(m.audience_opt, w, F.cross_entropy(ops.call(m.audience, w, weight * x), y))
+    heard = F.cross_entropy(ops.call(m.audience, w_virtual, x_val), y_val)
+    total = F.cross_entropy(explainer(e_virtual, x_val), y_val) + gamma * heard
+    fixed = F.cross_entropy(explainer([t.detach() for t in e_virtual], x_val), y_val)
+    direct = torch.autograd.grad(fixed, m.alphas)
+    return torch.autograd.grad(total, m.alphas), direct
+
+
+def lease_gradient(problem, module=lease, radius=1e-2, gamma=1.0, **kw):
+    m, train, val, delta = problem
+    ahead = module.look_ahead(m, train, delta, **kw)
+    return module.outer_gradient(m, train, val, delta, ahead, gamma, radius=radius, **kw)[0]
+
+
+def lease_errors(problem, module=lease, radius=1e-2, weighting="signed"):
+    """Relative errors of the second-order terms: the explainer's own (Eq. 11), the audience's with
+    xi_e = 0 (Eq. 13, 15 and v_A), the audience's whole chain (with Eq. 17), and the total."""
+    errors = []
+    kw = {"weighting": weighting}
+    own, heard, both = ((lease_gradient(problem, module, radius, gamma, **kw, order=order),
+                         exact_lease(*problem, gamma, **kw, order=order))
+                        for gamma, order in ((0.0, 2), (1.0, 1), (1.0, 2)))
+    for got, (total, direct) in (own, heard, both):
+        errors.append(relative_error(difference(got, direct), difference(total, direct)))
+    errors.append(relative_error(difference(both[0], own[0]), difference(both[1][0], own[1][0])))
+    return errors
+
+
+@pytest.mark.parametrize("weighting", ["signed", "magnitude"])
+def test_lease_gradient_on_the_smooth_network(weighting):
+    assert max(lease_errors(lease_problem(), weighting=weighting)) < 1e-4
+
+
+def test_lease_gradient_on_the_supernet_with_resnet18():
+    assert max(lease_errors(lease_problem(supernet=True), radius=1e-8)) < 1e-4
+
+
+LEASE_MUTATIONS = {
+    "descent in Eq. 7": ("delta + xi * g", "delta - xi * g"),
+    "no dO/dA": ("[g + p for g, p in zip(g_alpha, parts[:len(m.alphas)])]", "g_alpha"),
+    "no chain through E'": ("[v + p for v, p in zip(v_e, parts[len(m.alphas):])]", "v_e"),
+    "no step size per image": ("[ahead.xi * v_delta]", "[v_delta]"),
+    "sign of Eq. 13": ("(-xi_w * p for", "(xi_w * p for"),
+    "sign of Eq. 17": ("[g - xi_e * p", "[g + xi_e * p"),
+    "one argument of l held fixed": ("b = F.softmax(call(explainer, e, x, alphas), 1)",
+                                     "b = F.softmax(call(explainer, e, x, alphas), 1).detach()"),
+}
+
+
+@pytest.mark.parametrize("name", LEASE_MUTATIONS)
+def test_a_wrong_lease_gradient_is_seen(name):
+    assert max(lease_errors(lease_problem(), mutant("lease", *LEASE_MUTATIONS[name]))) > 1e-3
+
+
+def test_lease_without_audience_is_darts():
+    m, train, val, delta = problem = lease_problem()
+    exact = darts_gradient(m.explainer, m.alphas, m.explainer_opt, train, val)
+    assert relative_error(lease_gradient(problem, gamma=0.0), exact) < 1e-5
+
+
+def test_an_explanation_has_unit_scale_and_raises_the_objective():
+    m, (x, _), _, delta = lease_problem()
+    e = list(m.explainer.parameters())
+    explanation, _ = lease.explain(m.explainer, m.alphas, e, x, delta)
+    assert ((explanation - delta).square().mean((1, 2, 3)).sqrt() - 1).abs().max() < 1e-12
+
+    def objective(delta):
+        return lease.explanation_objective(m.explainer, m.alphas, e, x, delta)
+
+    assert objective(explanation) > objective(delta) > objective(torch.zeros_like(delta))
+
+
+@pytest.mark.parametrize("method", ["il", "lease"])
+def test_il_and_lease_gradients_change_no_state(method):
+    if method == "il":
+        stages, alphas, train, val = il_problem(2, 2, supernet=True)
+        parts = [*(s.net for s in stages), *(s.opt for s in stages), alphas]
+
+        def evaluate_gradient():
+            grads = stage_gradients(stages, alphas, train)
+            il.outer_gradient(stages, alphas, grads, train, val, 1.0)
+    else:
+        problem = lease_problem(supernet=True)
+        m = problem[0]
+        parts = [m.explainer, m.audience, m.explainer_opt, m.audience_opt, m.alphas, [problem[3]]]
+
+        def evaluate_gradient():
+            lease_gradient(problem)
+    before = snapshot(*parts)
+    evaluate_gradient()
+    assert same(before, snapshot(*parts))
 
 
 # ---------------------------------------------------------------------------- genotypes and cells
@@ -495,7 +789,7 @@ def test_decoding_by_hand():
     """Rows: an edge each, in the order none max avg skip sep3 sep5 dil3 dil5."""
     alpha = torch.zeros(14, 8)
     alpha[0, 4], alpha[1, 6] = 2, 1                                # node 2 has two edges: both stay
-    alpha[2, 0], alpha[3, 3], alpha[4, 5] = 9, 1, 2                # none is no reason to keep 2 <- 0
+    alpha[2, 0], alpha[3, 3], alpha[4, 5] = 9, 1, 2                # none is no reason to stay
     alpha[5:9] = 0                                                 # all tied: states 0, 1, max_pool
     alpha[9, 2] = alpha[9, 7] = 3                                  # a tie within an edge: the first
     alpha[12, 1], alpha[13, 1] = 1, 1.5                            # three edges compete: 5 <- 0, 4
@@ -660,8 +954,9 @@ def write_folder(root, sizes=(12,), classes=("cat", "dog"), n=12, parts=("train"
             (root / part / name).mkdir(parents=True)
             for i in range(n):
                 size = sizes[i % len(sizes)]
-                pixels = rng.integers(0, 256, (size, size + 2 * (len(sizes) > 1), 3), dtype=np.uint8)
-                ops.Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+                shape = size, size + 2 * (len(sizes) > 1), 3
+                pixels = ops.Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+                pixels.save(root / part / name / f"{i}.png")
     return root
 
 
@@ -680,8 +975,9 @@ def test_folder_of_images(tmp_path):
 
 # --------------------------------------------------------------------------------------- the runs
 
-TINY = ["--dataset", "synthetic:3", "--image-size", "8", "--layers", "3", "--channels", "2",
-        "--batch-size", "200", "--device", "cpu"]
+SMALL = ["--image-size", "8", "--layers", "3", "--channels", "2", "--batch-size", "200",
+         "--device", "cpu"]
+TINY = ["--dataset", "synthetic:3", *SMALL]
 
 
 def run_script(module, *argv):
@@ -739,7 +1035,7 @@ def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = [*TINY, *extra, "--epochs", 2]
     assert run_script(module, *argv, "--out", whole) == 0
-    write, saves = ops.write, []
+    write = ops.write
 
     def interrupt(path, content):
         write(path, content)
@@ -803,7 +1099,8 @@ GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
     "", "{", "[]", "null", "3", '"DARTS_V2"', "[" * 100000,
     *(json.dumps({**GOOD, **change}) for change in [
         {"normal": []}, {"normal": 3}, {"normal": GOOD["normal"][:3]}, {"extra": 1},
-        {"normal": [["conv", 0], *GOOD["normal"][1:]]}, {"normal": [["none", 0], *GOOD["normal"][1:]]},
+        {"normal": [["conv", 0], *GOOD["normal"][1:]]},
+        {"normal": [["none", 0], *GOOD["normal"][1:]]},
         {"normal": [["skip_connect", 2], *GOOD["normal"][1:]]},
         {"normal": [["skip_connect", True], *GOOD["normal"][1:]]},
         {"normal": [["skip_connect", 1.0], *GOOD["normal"][1:]]},
