@@ -648,17 +648,18 @@ def write_pictures(path: Path, rows: dict, size: int = 96):
     rows: title -> list of (image (3, H, W) uint8, caption).
     """
     gap, columns = 10, max(map(len, rows.values()))
-    width, height = gap + columns * (size + gap), gap + len(rows) * (size + 78)
-    canvas = Image.new("RGB", (width, height), "white")
+    heights = [size + (78 if any(caption for _, caption in row) else 40) for row in rows.values()]
+    width, y = gap + columns * (size + gap), gap
+    canvas = Image.new("RGB", (width, gap + sum(heights)), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (title, row) in enumerate(rows.items()):
-        y = gap + r * (size + 78)
+    for (title, row), height in zip(rows.items(), heights):
         draw.text((gap, y), title, "black", ImageFont.load_default(15))
         for c, (pixels, caption) in enumerate(row):
             x = gap + c * (size + gap)
             image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
             canvas.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y + 24))
             draw.text((x, y + 27 + size), caption, "black", ImageFont.load_default(13))
+        y += height
     canvas.save(path, "PNG")
 
 

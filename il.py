@@ -170,7 +170,7 @@ def get_args(argv=None):
     add("--log-every", type=ops.number(int, 1), default=10, help="steps between printed lines")
     add("--quick", action=yes_no, default=False, help="a tiny run on synthetic images, 2 minutes")
     quick = dict(tasks=["synthetic:10", "synthetic:5"], image_size=16, layers=3, channels=4,
-                 epochs=2, batch_size=50)
+                 epochs=2, batch_size=80)
     args, checkpoint = ops.parse(parser, argv, "il", quick)
     if args.joint:                                                                 # IL Eq. 38
         args.rounds, args.lam = 1, 0.0

@@ -212,17 +212,17 @@ def random_delta(shape, seed, step, scale, device):
 
 
 def write_explanations(path, data, rows, maps):
-    """explanations.png: the images, and per epoch in maps {epoch: (N, H, W)} |delta'| as heat and
-    laid over them."""
+    """explanations.png: the images, and per epoch in maps {epoch: (N, H, W)} |delta'| as heat, by
+    itself and laid over the grey image."""
     images = data.images[rows].cpu()
     pictures = {"Images": [(image, data.classes[y]) for image, y in zip(images, data.labels[rows])]}
     for epoch, heat in maps.items():
         top = heat.flatten(1).quantile(0.99, 1).view(-1, 1, 1).clamp_min(1e-12)
         h = (3 * heat / top).cpu()                            # black, red, yellow, white
         colour = 255 * torch.stack([h, h - 1, h - 2], 1).clamp(0, 1)
-        share = (h / 3).clamp(0, 1)[:, None] * 0.8
-        overlay = (1 - share) * images + share * colour
-        for title, what in (("|delta'|", colour), ("laid over the image", overlay)):
+        share = (h / 3).clamp(0, 1)[:, None]
+        overlay = (1 - share) * images.float().mean(1, keepdim=True) + share * colour
+        for title, what in (("|delta'|", colour), ("The same over the image,", overlay)):
             pictures[f"{title} after epoch {epoch}"] = [(t.byte(), "") for t in what]
     ops.write_pictures(path, pictures, size=128)
 

