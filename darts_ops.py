@@ -129,8 +129,7 @@ class MixedEdges(nn.Module):
         """x (N, C, H, W), p (edges, 8) softmaxed -> one (N, C, H', W') per edge."""
         _, C, H, W = x.shape
         on_edges = dict(zip(PRIMITIVES, p.repeat_interleave(C, 0).t().contiguous()))  # (edges*C,)
-        r = F.relu(x)
-        wide = torch.cat([r] * self.edges, 1)                     # (N, edges*C, H, W)
+        wide = F.relu_(torch.cat([x] * self.edges, 1))            # (N, edges*C, H, W)
 
         def separable(name):
             once = F.relu_(self.get_submodule(name + "_a")(wide))
@@ -142,10 +141,10 @@ class MixedEdges(nn.Module):
 
         out = separable("sep_conv_3x3") + separable("sep_conv_5x5")
         if self.stride == 2:     # then dilation 2 reads one phase only
-            out = out + dilated(torch.cat([r[:, :, ::2, ::2]] * self.edges, 1), 1)
-            out = out + self.skip_connect(r, on_edges["skip_connect"])
+            out = out + dilated(wide[:, :, ::2, ::2], 1)
+            out = out + self.skip_connect(F.relu(x), on_edges["skip_connect"])
         elif H % 2 == W % 2 == 0:
-            out = out + merge_phases(dilated(torch.cat([phases(r)] * self.edges, 1), 1))
+            out = out + merge_phases(dilated(phases(wide), 1))
         else:
             out = out + dilated(wide, 2)
 

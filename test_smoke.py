@@ -4,10 +4,13 @@
     python test_smoke.py --bench         # supernet speed and memory; what the difference measures
 """
 
+import argparse
 import json
 import pickle
+import statistics
 import subprocess
 import sys
+import time
 import types
 import xml.etree.ElementTree
 from pathlib import Path
@@ -51,7 +54,7 @@ def naive_operation(name, C, stride):
                 nn.Conv2d(C, C, 1, bias=False), norm()]
 
     if name == "none":
-        return nn.Identity()                                       # weighted by zero, see below
+        return Zero(stride)
     if name == "max_pool_3x3":
         return nn.Sequential(nn.MaxPool2d(3, stride, 1), norm())
     if name == "avg_pool_3x3":
@@ -62,6 +65,15 @@ def naive_operation(name, C, stride):
     if name.startswith("sep"):
         return nn.Sequential(*separable(k, stride, 1), *separable(k, 1, 1))
     return nn.Sequential(*separable(k, stride, 2))
+
+
+class Zero(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):
+        return 0 * x[:, :, ::self.stride, ::self.stride]
 
 
 class NaiveReduce(nn.Module):
@@ -109,8 +121,7 @@ class NaiveSupernet(nn.Module):
             for node in range(4):
                 total = 0
                 for j in range(2 + node):
-                    total = total + sum(p[e, o] * op(states[j])
-                                        for o, op in enumerate(edges[e]) if o > 0)
+                    total = total + sum(w * op(states[j]) for w, op in zip(p[e], edges[e]))
                     e += 1
                 states.append(total)
             s0, s1 = s1, torch.cat(states[2:], 1)
@@ -1172,3 +1183,131 @@ def test_scripts_stand_alone():
         done = subprocess.run([sys.executable, "-W", "error", HERE / f"{name}.py", "--help"],
                               capture_output=True, text=True)
         assert done.returncode == 0 and "--out" in done.stdout and not done.stderr
+
+
+# ---------------------------------------------------------------------------------- the benchmark
+
+
+def workload(kind):
+    """One step to time: of the supernet, per edge or merged, or of IL with `kind` rounds."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+    alphas = ops.initial_alphas("cpu")
+    if kind == "per edge":
+        net = NaiveSupernet(16, 10, 8)
+        return lambda: F.cross_entropy(net(x, alphas), y).backward()
+    x = x.contiguous(memory_format=torch.channels_last)
+    if kind == "merged":
+        net = ops.place(ops.Supernet(), "cpu")
+        return lambda: F.cross_entropy(net(x, alphas), y).backward()
+    stages = []
+    for l in range(2 * int(kind)):
+        net = ops.place(ops.Supernet(8, 10, 4), "cpu")
+        stages.append(il.Stage(l % 2, net, torch.optim.SGD(net.parameters(), 0.025, 0.9)))
+    alpha_opt = torch.optim.Adam(alphas, 3e-5)
+    train, val = [(x, y)] * len(stages), [(x, y)] * 2
+
+    def step():
+        grads = stage_gradients(stages, alphas, train)
+        g, _ = il.outer_gradient(stages, alphas, grads, train, val, 100.0)
+        il.update_weights(stages, grads, 100.0, "proximal", clip=5.0)
+        ops.descend(alpha_opt, alphas, g)
+    return step
+
+
+def resident():
+    """This process's largest resident memory so far, in MiB (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def memory(kind):
+    """The MiB that the steps of a workload add to what the process had, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--memory-of", kind], capture_output=True,
+                          text=True, check=True)
+    return float(done.stdout)
+
+
+def interleaved(kinds, count):
+    """The median seconds of each workload, timed in turn in this process."""
+    steps, seconds = {kind: workload(kind) for kind in kinds}, {kind: [] for kind in kinds}
+    for _ in range(count + 1):                                     # the first is a warm-up
+        for kind, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            seconds[kind].append(time.perf_counter() - begin)
+    return {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
+
+
+def bench(data_dir):
+    """Tables, in Markdown: speed and memory; what the central difference measures."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    for title, kinds in (("supernet, C 16, 8 cells, batch 16, forward + backward",
+                          ["per edge", "merged"]),
+                         ("step of IL, K = 2, C 8, 4 cells, batch 16, by rounds M", ["1", "2", "4"])):
+        seconds, first = interleaved(kinds, 7 if kinds[0] == "per edge" else 3), None
+        print(f"| {title} | s | ratio | MiB | ratio |\n|---|---|---|---|---|", flush=True)
+        for kind in kinds:
+            line = seconds[kind], memory(kind)
+            first = first or line
+            print(f"| {kind} | {line[0]:.2f} | {line[0] / first[0]:.2f} | {line[1]:.0f} | "
+                  f"{line[1] / first[1]:.2f} |", flush=True)
+        print()
+
+    data = ops.load_images("folder" if data_dir else "synthetic", data_dir, "cpu")
+    rows = ops.split_rows(len(data.labels), 1)
+    streams = [ops.Stream(data, rows[name != "train"], 16, 1, name)
+               for name in ("train", "bank", "val")]
+
+    def batches(step):
+        return [(x.double(), y, i) for x, y, i in (stream(step) for stream in streams)]
+
+    torch.manual_seed(1)
+    n = len(data.classes)
+    testee = ops.place(ops.Supernet(8, n, 4), "cpu").double()
+    tester = ops.place(lpt.Tester("resnet18", n), "cpu").double()
+    alphas = [nn.Parameter(a.double()) for a in ops.initial_alphas("cpu")]
+    creator = list(nn.Linear(512, 1).double().parameters())
+    m = learners(testee, alphas, tester, creator, batches(0), lr=0.025)
+    print(f"The second-order terms of LPT on {data_dir or 'synthetic images'}, float64, C 8, "
+          "4 cells, batch 16:\nshare = |term| / |gradient|, error = |term - exact| / |exact|\n")
+    print("| radius | " + " | ".join(f"A: {what}, {when} | C: {what}, {when}"
+                                     for when in ("at the start", "after 30 steps")
+                                     for what in ("share", "error")) + " |")
+    print("|---" * 9 + "|")
+    table = {radius: [] for radius in ("exact", 1e-8, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+    for stage in range(2):
+        print(f"({('at the start', 'after 30 steps')[stage]} ...)", file=sys.stderr)
+        exact, direct = exact_lpt(m, batches(100))
+        for radius, line in table.items():
+            got = exact if radius == "exact" else lpt.outer_gradients(m, batches(100),
+                                                                      radius=radius)[:2]
+            terms = [difference(g, d) for g, d in zip(got, direct)]
+            line += [relative_error(d, g) for g, d in zip(got, direct)]
+            line += [relative_error(t, difference(e, d))
+                     for t, e, d in zip(terms, exact, direct)]
+        for step in range(30 if stage == 0 else 0):                # of the weights alone
+            b = batches(step)
+            for opt, loss in ((m.tester_opt, lpt.tester_loss(tester, creator, b, 1.0, 0)),
+                              (m.testee_opt, F.cross_entropy(testee(b[0][0], alphas), b[0][1]))):
+                weights = opt.param_groups[0]["params"]
+                ops.descend(opt, weights, ops.grad(loss, weights), 5.0)
+    for radius, line in table.items():
+        print(f"| {radius} | " + " | ".join(f"{v:.2g}" for v in line) + " |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The benchmark; the tests run under pytest.")
+    parser.add_argument("--bench", action="store_true", help="print the tables")
+    parser.add_argument("--data", type=Path, help="an ImageFolder tree of 32-pixel images")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        job = workload(options.memory_of)
+        before = resident()
+        job(), job()
+        print(resident() - before)
+    elif options.bench:
+        bench(options.data)
+    else:
+        parser.error("give --bench, or run python -m pytest test_smoke.py")
