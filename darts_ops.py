@@ -532,7 +532,7 @@ def parse(parser, argv, method: str, quick: dict):
     if args.quick:
         parser.set_defaults(**quick)
         args = parser.parse_args(argv)
-    arch = Path(getattr(args, "arch", ""))
+    arch = Path(getattr(args, "arch", None) or "")
     cell = [arch.parent.name if arch.suffix == ".json" else arch.name] if arch.name else []
     tasks = getattr(args, "tasks", None) or [args.dataset]
     name = "-".join([method, *cell, *(t.replace(":", "").replace("/", "_") for t in tasks),

@@ -123,8 +123,8 @@ def get_args(argv=None):
         description="Train a network of stacked cells and test it once (DARTS §A.2).",
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
-    add("--arch", required=True, help="a published cell (python genotypes.py --help lists them), "
-                                      "a genotype.json or random:SEED")
+    add("--arch", help="a published cell (python genotypes.py --help lists them), a genotype.json "
+                       "or random:SEED")
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, folder (your own, in --data), synthetic or synthetic:CLASSES")
     add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
@@ -162,6 +162,8 @@ def get_args(argv=None):
 
 def main(argv=None):
     args, checkpoint = get_args(argv)
+    if not args.arch:
+        raise ops.BadInput("--arch: name a cell to evaluate")
     genotype, imagenet = genotypes.load(args.arch), args.dataset == "imagenet"
     layers, channels = args.layers or (14 if imagenet else 20), args.channels or (
         48 if imagenet else 36)
@@ -190,7 +192,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = ops.place(Network(genotype, channels, len(data.classes), layers, args.auxiliary,
                                 image_size=data.images.shape[-1]), device)
-    model = nn.DataParallel(network) if torch.cuda.device_count() > 1 else network
+    model = network
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        model = nn.DataParallel(network)
     weights = list(network.parameters())
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay)
     drop_path = args.drop_path
