@@ -2,13 +2,14 @@
 
 Sections: operations and supernet; gradients; images and streams; command line and run folder.
 Sources: DARTS (Liu et al. 2019, arXiv 1806.09055) for the search space and the one-step gradient;
-the equations of the methods are in lpt.py.
+the methods' equations are in lpt.py, il.py and lease.py.
 """
 
 import json
 import math
 import os
 import pickle
+import shlex
 import sys
 import time
 import zlib
@@ -356,7 +357,7 @@ class ImageSet:
 def image_set(images: Tensor, labels, classes, device) -> ImageSet:
     """An ImageSet on the device, with the channel statistics of its own images."""
     sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
-            for x in images.split(4096)]
+            for x in images.split(256)]
     pixels = images[:, 0].numel()
     mean = sum(s for s, _ in sums) / pixels
     std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
@@ -533,11 +534,10 @@ def parse(parser, argv, method: str, quick: dict):
         parser.set_defaults(**quick)
         args = parser.parse_args(argv)
     arch = Path(getattr(args, "arch", None) or "")
-    cell = [arch.parent.name if arch.suffix == ".json" else arch.name] if arch.name else []
+    cell = arch.parent.name or arch.stem if arch.suffix == ".json" else arch.name
     tasks = getattr(args, "tasks", None) or [args.dataset]
-    name = "-".join([method, *cell, *(t.replace(":", "").replace("/", "_") for t in tasks),
-                     str(args.seed)])
-    out = args.out or Path("runs") / name
+    name = "-".join(word for word in (method, cell, *tasks, str(args.seed)) if word)
+    out = args.out or Path("runs") / name.replace(":", "").replace("/", "_")
     checkpoint = None
     if args.resume:
         path = out / "checkpoint.pt"
@@ -554,19 +554,21 @@ def parse(parser, argv, method: str, quick: dict):
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         for name, value in plain(args).items():
-            if saved.get(name) != value:
+            if saved.get(name) != value and name != "data":
                 raise BadInput(f"--resume: the run in {out} has {name} = {saved.get(name)!r}, not "
                                f"{value!r}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} is not an empty folder: give --resume to go on, or another --out")
+    elif (not getattr(args, "count_params", False)                # which writes nothing
+          and out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise BadInput(f"{out} is not an empty folder: give another --out, or --resume to go on "
+                       "from its checkpoint")
     args.out = out
     return args, checkpoint
 
 
 def plain(args) -> dict:
-    """The arguments that make a run what it is, as plain values."""
-    where = ("out", "data", "device", "resume", "quick", "log_every")
-    return {k: v for k, v in vars(args).items() if k not in where}
+    """The arguments that make a run what it is, and where its data is, as plain values."""
+    where = ("out", "device", "resume", "quick", "log_every")
+    return {k: str(v) if k == "data" else v for k, v in vars(args).items() if k not in where}
 
 
 def pick_device(name: str) -> torch.device:
@@ -575,6 +577,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
     if not has[name]:
         raise BadInput(f"--device {name}: torch sees no such device here")
+    torch.backends.cudnn.allow_tf32 = False     # TF32 rounds about as much as the differences step
     return torch.device(name)
 
 
@@ -599,18 +602,25 @@ class RandomState:
             torch.cuda.set_rng_state(state["cuda"])
 
 
-def restore(parts: dict, checkpoint: dict | None) -> list[dict]:
-    """Put a checkpoint's states into the parts of a run; returns the epochs' history, if any."""
-    for name, part in parts.items() if checkpoint else ():
-        part.load_state_dict(checkpoint[name])
-    return checkpoint["history"] if checkpoint else []
+def begin_run(out: Path, parts: dict, checkpoint: dict | None) -> list[dict]:
+    """Make the run folder and put a checkpoint's states into the run's parts; returns the history
+    of its epochs, if any. Raises BadInput."""
+    try:
+        for name, part in parts.items() if checkpoint else ():
+            part.load_state_dict(checkpoint[name])
+        out.mkdir(parents=True, exist_ok=True)
+        return checkpoint["history"] if checkpoint else []
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise BadInput(f"--resume: the checkpoint in {out} does not fit: {error}") from None
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error}") from None
 
 
 def write(path: Path, content: str | dict):
     """Replace a file whole, or not at all: text, or what torch.save takes."""
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
-        temporary.write_text(content)
+        temporary.write_text(content, encoding="utf-8")
     else:
         torch.save(content, temporary)
     os.replace(temporary, path)
@@ -618,8 +628,11 @@ def write(path: Path, content: str | dict):
 
 def write_epoch(args, method: str, history: list[dict], parts: dict, alphas=None):
     """What a run leaves behind after each epoch: the log, a search's cell and its drawing, and the
-    checkpoint (last, so that an interruption repeats the epoch)."""
+    checkpoint (last, so that an interruption repeats the epoch). Stops at NaN and infinity."""
     line = history[-1]
+    for name, value in line.items():
+        if value is not None and not math.isfinite(value):
+            sys.exit(f"error: {name} is {value} in epoch {line['epoch']}; nothing of it is saved")
     print(" ".join(f"{k} {v:.4g}" for k, v in line.items() if v is not None), flush=True)
     write(args.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     if alphas:
@@ -633,9 +646,10 @@ def write_epoch(args, method: str, history: list[dict], parts: dict, alphas=None
 
 def print_next(args, dataset: str):
     """The command that evaluates what a search found."""
-    parts = [f"python evaluate.py --arch {args.out}/genotype.json --dataset {dataset}"]
+    parts = ["python evaluate.py --arch", shlex.quote(f"{args.out}/genotype.json"),
+             "--dataset", shlex.quote(dataset)]
     if not dataset.startswith("synthetic"):
-        parts.append(f"--data {args.data}")
+        parts.append(f"--data {shlex.quote(str(args.data))}")
     parts += [f"--image-size {args.image_size}"] if args.image_size else []
     parts += [f"--hold-out {args.hold_out}"] if args.hold_out else []
     print(*parts, *["--quick"] if args.quick else [])

@@ -126,7 +126,7 @@ def get_args(argv=None):
     add("--arch", help="a published cell (python genotypes.py --help lists them), a genotype.json "
                        "or random:SEED")
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, folder (your own, in --data), synthetic or synthetic:CLASSES")
+        help="cifar10, cifar100, folder (in --data), folder:DIR, synthetic, synthetic:CLASSES")
     add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
     add("--image-size", type=ops.number(int, 8, 512), default=None,
         help="resize a folder's images to this many pixels; size of synthetic ones")
@@ -149,7 +149,7 @@ def get_args(argv=None):
         help="rate that drop-path rises to, linearly over the epochs (0.3 for the published "
              "P-DARTS and PC-DARTS cells, else 0.2)")
     # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="the papers use 1 to 10")
+    add("--seed", type=ops.number(int, 0), default=1, help="the papers repeat ten times")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--out", type=Path, default=None, help="run folder (default: runs/evaluate-...)")
     add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
@@ -199,10 +199,10 @@ def main(argv=None):
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay)
     drop_path = args.drop_path
     if drop_path is None:
-        drop_path = 0.3 if "PDARTS" in args.arch or "PC_DARTS" in args.arch else 0.2
+        known = args.arch in genotypes.PUBLISHED
+        drop_path = 0.3 if known and ("PDARTS" in args.arch or "PC_DARTS" in args.arch) else 0.2
     parts = {"network": network, "optimizer": optimizer, "rng": ops.RandomState(device)}
-    history = ops.restore(parts, checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
+    history = ops.begin_run(args.out, parts, checkpoint)
     params = count_params(network)
     print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
 
@@ -233,7 +233,7 @@ def main(argv=None):
     error = 100 * (1 - ops.accuracy(lambda x: model(x)[0], test_data, test_rows, args.batch_size))
     result = {"arch": args.arch, "dataset": args.dataset, "test_error": round(error, 4),
               "test_images": len(test_rows), "params_M": round(params, 3), "epochs": args.epochs,
-              "seed": args.seed, "train_loss": history[-1]["train_loss"],
+              "seed": args.seed, "drop_path": drop_path, "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     print(f"test error {error:.2f}% after the last epoch, on {len(test_rows)} images; "

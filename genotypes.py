@@ -187,7 +187,7 @@ def load(arch: str) -> Genotype:
         raise BadInput(f"no cell {arch!r}: neither a file, nor random:SEED, nor one of "
                        + ", ".join(PUBLISHED))
     try:
-        cell = json.loads(path.read_text())
+        cell = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{arch} cannot be read as JSON: {error}") from None
     return validate(cell, arch)
@@ -288,7 +288,7 @@ def main(argv=None):
     try:
         cell = load(args.arch)
         out = args.out or Path(Path(args.arch).stem.replace(":", "_") + ".svg")
-        out.write_text(to_svg(cell, args.arch))
+        out.write_text(to_svg(cell, args.arch), encoding="utf-8")
     except (BadInput, OSError) as error:
         parser.error(" ".join(str(error).split()))
     print(PUBLISHED[args.arch][0] if args.arch in PUBLISHED else args.arch)

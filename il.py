@@ -5,7 +5,7 @@ arXiv 2012.04863), on DARTS. K learners of K tasks share an architecture and lea
 rounds; each turn's encoder is pulled towards the one before it.
 
     min_A  sum_k L(A, W_k^(M)(A), H_k^(M)(A), D_k^val)                                   Eq. 31, 32
-    s.t.   W_l, H_l = argmin  L(A, W_l, H_l, D^tr) + lambda |W_l - W_(l-1)|^2             Eq. 30
+    s.t.   W_l, H_l = argmin  L(A, W_l, H_l, D^tr) + lambda |W_l - W_(l-1)|^2             Eq. 29, 30
     for the stages l = 1 ... MK: tasks 1 ... K of round 1, then of round 2, ... (Eq. 28)
 
     A  alphas     architecture, shared             D_k^tr   x, y      a stream per stage
@@ -15,7 +15,7 @@ rounds; each turn's encoder is pulled towards the one before it.
 
     python il.py --tasks cifar100 cifar10 --rounds 2 --coupling 100
     python il.py --tasks cifar100 cifar10 --joint              # the joint baseline JL, Eq. 38
-    python il.py --tasks cifar10 --rounds 1 --coupling 0       # second-order DARTS
+    python il.py --tasks cifar10 --rounds 1 --coupling 0 --alpha-lr 3e-4   # second-order DARTS
 
 Departures from the printed equations:
 1. The step of Eq. 35 diverges at the paper's settings: 2 eta lambda = 5, so consecutive stages
@@ -24,7 +24,7 @@ Departures from the printed equations:
    lambda and equals Eq. 35 to first order in eta lambda. --step printed is Eq. 35.
 2. The gradients that make W' are also those that train W, as in Algorithm 3's order (weights, then
    A); DARTS has A first and takes the weights' gradient again.
-3. The step is the actual optimizer's: momentum and weight decay included.
+3. The step is the actual optimizer's, before clipping: momentum and weight decay included.
 """
 
 import argparse
@@ -103,9 +103,9 @@ def outer_gradient(stages, alphas, grads, train, val, lam, step="proximal", orde
         def grad_alpha(w):
             return grad(F.cross_entropy(call(stage.net, w, x, alphas), y), alphas)
 
-        direction = [gain * t for t in u[l][:-HEAD]] + u[l][-HEAD:]
         if l < last_round and not pulls[l + 1][0]:
             continue                                           # nothing depends on this stage
+        direction = [gain * t for t in u[l][:-HEAD]] + u[l][-HEAD:]
         eta = stage.opt.param_groups[0]["lr"]
         product = central_difference(grad_alpha, list(stage.net.parameters()), direction, radius)
         g_alpha = [g - eta * p for g, p in zip(g_alpha, product)]
@@ -146,7 +146,7 @@ def get_args(argv=None):
     add("--coupling", dest="lam", type=real, default=100.0, help="lambda (beta in §4.3.1)")
     add("--step", choices=("proximal", "printed"), default="proximal",
         help="of the coupled weights; printed: Eq. 35, which needs 2 eta lambda < 1")
-    add("--joint", action=yes_no, default=False, help="the baseline JL: --rounds 1 --coupling 0")
+    add("--joint", action=yes_no, default=False, help="the baseline JL: one round, no coupling")
     add("--order", type=int, choices=(1, 2), default=2, help="1: no sweep (DARTS §2.3)")
     add("--radius", type=ops.number(float, 1e-12), default=1e-2,
         help="of the central differences: eps = radius / |v| (DARTS Eq. 8)")
@@ -163,7 +163,7 @@ def get_args(argv=None):
     add("--alpha-lr", type=real, default=3e-5, help="of A, Adam (0.5, 0.999); DARTS has 3e-4")
     add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
     # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="the papers use 1 to 10")
+    add("--seed", type=ops.number(int, 0), default=1, help="of everything random")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--out", type=Path, default=None, help="run folder (default: runs/il-TASKS-SEED)")
     add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
@@ -172,9 +172,7 @@ def get_args(argv=None):
     quick = dict(tasks=["synthetic:10", "synthetic:5"], image_size=16, layers=3, channels=4,
                  epochs=2, batch_size=80)
     args, checkpoint = ops.parse(parser, argv, "il", quick)
-    if args.joint:                                                                 # IL Eq. 38
-        args.rounds, args.lam = 1, 0.0
-    if args.step == "printed" and 2 * max(args.lr, args.lr_min) * args.lam >= 1:
+    if args.step == "printed" and not args.joint and 2 * max(args.lr, args.lr_min) * args.lam >= 1:
         raise ops.BadInput(f"--step printed diverges: 2 eta lambda = "
                            f"{2 * max(args.lr, args.lr_min) * args.lam:g} must stay below 1; lower "
                            "--coupling or --lr, or use --step proximal")
@@ -187,11 +185,13 @@ def main(argv=None):
     tasks = [ops.load_images(task, args.data, device, args.image_size) for task in args.tasks]
     if len({data.images.shape[2:] for data in tasks}) > 1:
         raise ops.BadInput("--tasks: the images must have one size, not " + ", ".join(
-            f"{data.images.shape[-1]} ({name})" for name, data in zip(args.tasks, tasks))
+            "{} x {} ({})".format(*data.images.shape[2:], name)
+            for name, data in zip(args.tasks, tasks))
             + "; --image-size resizes folders and synthetic images")
+    rounds, lam = (1, 0.0) if args.joint else (args.rounds, args.lam)              # IL Eq. 38
     halves = [ops.split_rows(len(data.labels), args.seed, args.hold_out) for data in tasks]
     K = len(tasks)
-    order = [k for _ in range(args.rounds) for k in range(K)]                      # IL Eq. 28
+    order = [k for _ in range(rounds) for k in range(K)]                      # IL Eq. 28
     train_streams = [ops.Stream(tasks[k], halves[k][0], args.batch_size, args.seed, f"train {l}")
                      for l, k in enumerate(order)]
     val_streams = [ops.Stream(data, half[1], args.batch_size, args.seed, f"val {k}")
@@ -209,8 +209,7 @@ def main(argv=None):
 
     parts = {"nets": nn.ModuleList(nets), "outer": nn.ParameterList(alphas), "alpha_opt": alpha_opt,
              **{f"opt {l}": stage.opt for l, stage in enumerate(stages)}}
-    history = ops.restore(parts, checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
+    history = ops.begin_run(args.out, parts, checkpoint)
 
     steps = max(stream.epoch_steps() for stream in train_streams)
     begin, done = time.time(), 0
@@ -231,9 +230,9 @@ def main(argv=None):
                 losses.append(loss.detach())
 
             # 5. A's gradient, through the steps that the stages are about to take   # IL Eq. 37
-            g_alpha, val_loss = outer_gradient(stages, alphas, grads, train, val, args.lam,
-                                               args.step, args.order, args.radius)
-            update_weights(stages, grads, args.lam, args.step, args.grad_clip)
+            g_alpha, val_loss = outer_gradient(stages, alphas, grads, train, val, lam, args.step,
+                                               args.order, args.radius)
+            update_weights(stages, grads, lam, args.step, args.grad_clip)
             descend(alpha_opt, alphas, g_alpha)
 
             loss = torch.stack(losses).mean()

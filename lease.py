@@ -27,7 +27,8 @@ Departures from the printed equations:
    O_Delta: nearly all of the audience's gradient. It is kept, from the same two passes.
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.
 6. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
-   the steps are the actual optimizers': momentum and weight decay included.
+   the steps are the actual optimizers', before clipping: momentum and weight decay included.
+7. x in delta' . x is the normalised image, as the networks see it.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def explain(explainer, alphas, e, x, delta):
     """
     delta = delta.detach().requires_grad_()
     g, = grad(explanation_objective(explainer, alphas, [t.detach() for t in e], x, delta), [delta])
-    xi = x[0].numel() ** 0.5 / g.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    xi = torch.where(norm > 0, x[0].numel() ** 0.5 / norm, 0)
     return (delta + xi * g).detach(), xi
 
 
@@ -116,7 +118,8 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
     """dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val).
 
     train, val: batches (x, y); delta: start of the perturbations; ahead: look_ahead of the same.
-    Returns (gradients of alphas, J). Changes no state.
+    Returns (gradients of alphas, J, |v_A| of the audience / |direct gradient of the explainer|).
+    Changes no state.
     """
     (x, y), (x_val, y_val), e_virtual = train, val, ahead.e_virtual
     e, w = list(m.explainer.parameters()), list(m.audience.parameters())
@@ -125,7 +128,7 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
     loss = F.cross_entropy(call(m.explainer, e_virtual, x_val, m.alphas), y_val)
     parts = grad(loss, [*m.alphas, *e_virtual])
     g_alpha, v_e = parts[:len(m.alphas)], parts[len(m.alphas):]
-    total = loss.detach()
+    total, share = loss.detach(), torch.zeros_like(loss)
 
     # Stage 4: the audience validates itself, and v goes back along W', Delta', E'
     if gamma:
@@ -146,17 +149,18 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
                         [*m.alphas, *e_virtual])
 
         parts = central_difference(grad_alpha_e, [delta], [ahead.xi * v_delta], radius)
+        share = torch.cat(parts[:len(m.alphas)]).norm() / torch.cat(g_alpha).norm()
         g_alpha = [g + p for g, p in zip(g_alpha, parts[:len(m.alphas)])]           # departure 4
         v_e = [v + p for v, p in zip(v_e, parts[len(m.alphas):])]
     if order == 1:
-        return g_alpha, total
+        return g_alpha, total, share
 
     def grad_alpha(e):                                                   # LeaSE Eq. 11, 16, 17
         return grad(F.cross_entropy(call(m.explainer, e, x, m.alphas), y), m.alphas)
 
     xi_e = m.explainer_opt.param_groups[0]["lr"]
     product = central_difference(grad_alpha, e, v_e, radius)
-    return [g - xi_e * p for g, p in zip(g_alpha, product)], total
+    return [g - xi_e * p for g, p in zip(g_alpha, product)], total, share
 
 
 def get_args(argv=None):
@@ -165,7 +169,7 @@ def get_args(argv=None):
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, folder (your own, in --data), synthetic or synthetic:CLASSES")
+        help="cifar10, cifar100, folder (in --data), folder:DIR, synthetic, synthetic:CLASSES")
     add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
     add("--image-size", type=ops.number(int, 8, 512), default=None,
         help="resize a folder's images to this many pixels; size of synthetic ones")
@@ -195,7 +199,7 @@ def get_args(argv=None):
     add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
     add("--audience-lr", type=real, default=0.025, help="of W, cosine to 0")
     # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="the papers use 1 to 10")
+    add("--seed", type=ops.number(int, 0), default=1, help="the paper has 1 to 10")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--out", type=Path, default=None, help="run folder (default: runs/lease-DATASET-SEED)")
     add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
@@ -247,20 +251,20 @@ def main(argv=None):
                                                       num_classes=num_classes), device)
     audience_opt = torch.optim.SGD(audience.parameters(), args.audience_lr, **sgd)
     m = Learners(explainer, alphas, explainer_opt, audience, audience_opt)
+    w = list(audience.parameters())
 
     shown = torch.as_tensor(np.sort(train_rows)[:8], device=device)      # in explanations.png
-    early = torch.zeros(len(shown), *data.images.shape[2:], device=device)
+    early = nn.Parameter(torch.zeros(len(shown), *data.images.shape[2:], device=device), False)
     parts = {"explainer": explainer, "outer": nn.ParameterList([*alphas, early]),
              "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
              "audience_opt": audience_opt}
-    history = ops.restore(parts, checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
+    history = ops.begin_run(args.out, parts, checkpoint)
 
     steps, begin, done = train_stream.epoch_steps(), time.time(), 0
     for epoch in range(len(history), args.epochs):
         explainer_opt.param_groups[0]["lr"] = ops.cosine(args.lr, args.lr_min, epoch, args.epochs)
         audience_opt.param_groups[0]["lr"] = ops.cosine(args.audience_lr, 0, epoch, args.epochs)
-        sums, epoch_begin = torch.zeros(3, device=device), time.time()
+        sums, epoch_begin = torch.zeros(4, device=device), time.time()
         for i in range(1, steps + 1):
             step = epoch * steps + i - 1
             train, val = train_stream(step)[:2], val_stream(step)[:2]
@@ -270,33 +274,35 @@ def main(argv=None):
             ahead = look_ahead(m, train, delta, args.weighting, args.order,
                                lambda x: explainer(x, alphas), audience)           # LeaSE Eq. 6-8
             # 3. A's gradient, through those steps                               # LeaSE Eq. 9-17
-            g_alpha, val_loss = outer_gradient(m, train, val, delta, ahead, args.gamma,
-                                               args.weighting, args.order, args.radius)
+            g_alpha, val_loss, share = outer_gradient(m, train, val, delta, ahead, args.gamma,
+                                                      args.weighting, args.order, args.radius)
             descend(explainer_opt, list(explainer.parameters()), ahead.grads_e, args.grad_clip)
-            descend(audience_opt, list(audience.parameters()), ahead.grads_w)
+            descend(audience_opt, w, ahead.grads_w)
             descend(alpha_opt, alphas, g_alpha)
 
             loss, heard = ahead.losses
-            sums += torch.stack([loss, heard, val_loss])
+            sums += torch.stack([loss, heard, val_loss, share])
             done += 1
             if i % args.log_every == 0 or i == steps:
                 pace = ops.pace(begin, done, (args.epochs - epoch) * steps - i, args.batch_size)
                 print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  train loss {loss:.3f}  "
                       f"audience loss {heard:.3f}  val loss {val_loss:.3f}  {pace}", flush=True)
 
-        explainer.eval(), audience.eval()
-        train_loss, audience_loss_, val_loss = (sums / steps).tolist()
+        explainer.eval()
+        train_loss, heard, val_loss, share = (sums / steps).tolist()
         history.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "audience_loss": audience_loss_,
-            "val_loss": val_loss, **ops.architecture_report(alphas),
+            "epoch": epoch + 1, "train_loss": train_loss, "audience_loss": heard,
+            "val_loss": val_loss, "audience_share": share, **ops.architecture_report(alphas),
             "val_accuracy": ops.accuracy(lambda x: explainer(x, alphas), data, val_rows,
                                          args.batch_size),
-            "audience_val_accuracy": ops.accuracy(audience, data, val_rows, args.batch_size),
+            # by the batches' statistics: the running ones are of explanations, not of images
+            "audience_val_accuracy": ops.accuracy(lambda x: call(audience, w, x), data, val_rows,
+                                                  args.batch_size),
             "seconds": time.time() - epoch_begin})
         x = data.batch(shown)
         delta = random_delta(x.shape, args.seed, 0, args.delta_scale, device)
         heat = explain(explainer, alphas, list(explainer.parameters()), x, delta)[0].abs().mean(1)
-        explainer.train(), audience.train()
+        explainer.train()
         if epoch == 0:
             early.copy_(heat)
         write_explanations(args.out / "explanations.png", data, shown, {1: early, epoch + 1: heat})

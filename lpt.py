@@ -7,7 +7,7 @@ learning from; the testee's architecture learns to pass the test.
     max_C min_A  R(A, W*(A), C, E*(C)) - lambda L(E*, X*, D_er^val)                       Eq. 11
     s.t.  E*(C), X*(C) = argmin  L(E, X, D_er^tr) + gamma L(E, X, sigma(C, E, D_b))       Eq. 7
           W*(A)        = argmin  L(A, W, D_ee^tr)                                         Eq. 6
-    R = sum f(d) l(A, W, d) / sum f(d) over the bank,  f(d) = sigmoid(C(E(d))) in (0, 1)  Eq. 9, 12
+    R = sum f(d) l(A, W, d) / sum f(d) over the bank,  f(d) = sigmoid(C(E(d))) in (0, 1)  Eq. 9-14
 
     A  alphas     architecture of the testee       D_ee^tr = D_er^tr  x, y            train stream
     W  w          weights of the testee            D_b                x_bank, y_bank  bank stream
@@ -23,7 +23,10 @@ Departures from the printed equations:
    its direction, so one joint difference along (u_E, u_X) gives the same number.
 3. A and C step on one evaluation of the objective; Algorithm 2 prints them one after the other.
 4. Eq. 13 sums over the bank; here it is the mean over the bank's mini-batch, as of every loss.
-5. W' and (E', X') are one step of the actual optimizer: momentum and weight decay included.
+5. W' and (E', X') are one step of the actual optimizer, before clipping: momentum and weight decay
+   included.
+6. Ablation 1's scalars are sigmoid(theta_d), from theta = 0, by Adam; the paper names no
+   optimizer. Ablation 2 keeps gamma, which Eq. 26 leaves out: at 1 it is the same.
 """
 
 import argparse
@@ -60,9 +63,9 @@ class Learners:
     testee: nn.Module
     alphas: list
     testee_opt: torch.optim.SGD
-    tester: nn.Module | None = None
-    creator: list | None = None                                # [weight, bias]; ablation 1: [theta]
-    tester_opt: torch.optim.SGD | None = None
+    tester: nn.Module
+    creator: list                                              # [weight, bias]; ablation 1: [theta]
+    tester_opt: torch.optim.SGD
 
 
 def selection(creator, features, rows):
@@ -148,7 +151,7 @@ def get_args(argv=None):
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, folder (your own, in --data), synthetic or synthetic:CLASSES")
+        help="cifar10, cifar100, folder (in --data), folder:DIR, synthetic, synthetic:CLASSES")
     add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
     add("--image-size", type=ops.number(int, 8, 512), default=None,
         help="resize a folder's images to this many pixels; size of synthetic ones")
@@ -179,8 +182,10 @@ def get_args(argv=None):
     add("--tester-lr", type=real, default=0.025, help="of E and X, cosine to 0")
     add("--creator-lr", type=real, default=3e-4, help="of C, Adam")
     add("--creator-weight-decay", type=real, default=1e-3, help="of C")
+    add("--theta-lr", type=real, default=1e-2,
+        help="of ablation 1's scalars, Adam without weight decay; not in the paper")
     # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="the papers use 1 to 10")
+    add("--seed", type=ops.number(int, 0), default=1, help="the paper has 1 to 10")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--out", type=Path, default=None, help="run folder (default: runs/lpt-DATASET-SEED)")
     add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
@@ -220,19 +225,18 @@ def main(argv=None):
     alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
                                  weight_decay=args.alpha_weight_decay)
     tester = ops.place(Tester(args.encoder, num_classes), device)
-    if args.ablation == 1:       # not in the paper: theta starts at 0 and has the creator's Adam
-        creator = [nn.Parameter(torch.zeros(len(data.labels), device=device))]
-    else:
-        creator = list(nn.Linear(tester.executor.in_features, 1).to(device).parameters())
     tester_opt = torch.optim.SGD(tester.parameters(), args.tester_lr, **sgd)
+    creator = list(nn.Linear(tester.executor.in_features, 1).to(device).parameters())
     creator_opt = torch.optim.Adam(creator, args.creator_lr, weight_decay=args.creator_weight_decay)
+    if args.ablation == 1:                                     # departure 6
+        creator = [nn.Parameter(torch.zeros(len(data.labels), device=device))]
+        creator_opt = torch.optim.Adam(creator, args.theta_lr)
     m = Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
 
     parts = {"testee": testee, "outer": nn.ParameterList(alphas + creator), "tester": tester,
              "testee_opt": testee_opt, "alpha_opt": alpha_opt, "tester_opt": tester_opt,
              "creator_opt": creator_opt}
-    history = ops.restore(parts, checkpoint)
-    args.out.mkdir(parents=True, exist_ok=True)
+    history = ops.begin_run(args.out, parts, checkpoint)
 
     steps, begin, done = train_stream.epoch_steps(), time.time(), 0
     for epoch in range(len(history), args.epochs):

@@ -1169,7 +1169,7 @@ def test_damaged_checkpoints(tmp_path, capsys):
         def __reduce__(self):
             return Path.touch, (marker,)
 
-    for content in (b"", b"no checkpoint", pickle.dumps(Malicious())):
+    for content in (b"", b"no checkpoint", pickle.dumps(Malicious(), protocol=2)):
         (run / "checkpoint.pt").write_bytes(content)
         assert run_script(lpt, "--resume", "--out", run) == 2
         assert capsys.readouterr().err.count("\n") == 1
