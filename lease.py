@@ -253,7 +253,7 @@ def main(argv=None):
     m = Learners(explainer, alphas, explainer_opt, audience, audience_opt)
     w = list(audience.parameters())
 
-    shown = torch.as_tensor(np.sort(train_rows)[:8], device=device)      # in explanations.png
+    shown = torch.as_tensor(train_rows[:8], device=device)               # in explanations.png
     early = nn.Parameter(torch.zeros(len(shown), *data.images.shape[2:], device=device), False)
     parts = {"explainer": explainer, "outer": nn.ParameterList([*alphas, early]),
              "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
