@@ -848,6 +848,8 @@ def test_network_sizes_and_auxiliary_head():
         network = evaluate.Network(cell, 4, 7, 3, image_size=size)
         logits, auxiliary = network(torch.randn(2, 3, size, size))
         assert logits.shape == auxiliary.shape == (2, 7)
+        without = evaluate.Network(cell, 4, 7, 3, auxiliary=False)
+        assert evaluate.count_params(network) == evaluate.count_params(without)
         network.eval()
         assert network(torch.randn(1, 3, size, size))[1] is None
     pools = {size: evaluate.AuxiliaryHead(4, 2, size).features[1] for size in (7, 8, 12)}
@@ -1072,13 +1074,14 @@ def finals(folder):
     ids=["lpt", "ablation 1", "il", "lease", "evaluate"])
 def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    argv = [*extra, "--epochs", 2]
+    epochs = 3 if module is evaluate else 2                        # drop-path begins in the second
+    argv = [*extra, "--epochs", epochs]
     assert run_script(module, *argv, "--out", whole) == 0
     write = ops.write
 
     def interrupt(path, content):
         write(path, content)
-        if path.name == "checkpoint.pt":
+        if path.name == "checkpoint.pt" and len(content["history"]) == epochs - 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ops, "write", interrupt)
@@ -1101,7 +1104,7 @@ BAD = [
     (lpt, ["--dataset", "cifar10", "--image-size", 64]), (lpt, ["--dataset", "cifar100"]),
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
-    (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--out", "full"]),
+    (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "full"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar100", "nothing"]), (il, ["--rounds", 0]),
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed"]),
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed", "--lr", 0.004, "--lr-min", 0.006]),
@@ -1110,7 +1113,8 @@ BAD = [
     (lease, ["--weighting", "unsigned"]), (lease, ["--audience", "vgg"]), (lease, ["--gamma", -1]),
     (lease, ["--dataset", "folder:nowhere"]), (lease, [*TINY, "--delta-scale", 0]),
     (evaluate, []), (evaluate, ["--arch", "NOPE"]), (evaluate, ["--arch", "random:x"]),
-    (evaluate, ["--arch", "full"]), (evaluate, [*TINY, "--arch", "DARTS_V2", "--out", "full"]),
+    (evaluate, ["--arch", "full"]),
+    (evaluate, [*TINY, "--epochs", 1, "--arch", "DARTS_V2", "--out", "full"]),
     (evaluate, [*TINY, "--arch", "DARTS_V2", "--drop-path", 1.5]),
     (evaluate, ["--arch", "DARTS_V2", "--dataset", "folder", "--data", "untested"]),
     (evaluate, ["--arch", "DARTS_V2", "--count-params", "--dataset", "synthetic"]),
@@ -1179,7 +1183,8 @@ def test_damaged_checkpoints(tmp_path, capsys):
 def test_scripts_stand_alone():
     """Importing does nothing; --help works."""
     for name in ("lpt", "il", "lease", "evaluate", "genotypes"):
-        done = subprocess.run([sys.executable, "-W", "error", HERE / f"{name}.py", "--help"],
+        strict = ["-W", "error", "-W", "ignore::ResourceWarning"]  # torch 2.6 leaves a folder open
+        done = subprocess.run([sys.executable, *strict, HERE / f"{name}.py", "--help"],
                               capture_output=True, text=True)
         assert done.returncode == 0 and "--out" in done.stdout and not done.stderr
 
