@@ -577,7 +577,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
     if not has[name]:
         raise BadInput(f"--device {name}: torch sees no such device here")
-    torch.backends.cudnn.allow_tf32 = False     # TF32 rounds about as much as the differences step
+    torch.backends.cudnn.allow_tf32 = False     # TF32 rounds as coarsely as the differences step
     return torch.device(name)
 
 
@@ -632,7 +632,7 @@ def write_epoch(args, method: str, history: list[dict], parts: dict, alphas=None
     line = history[-1]
     for name, value in line.items():
         if value is not None and not math.isfinite(value):
-            sys.exit(f"error: {name} is {value} in epoch {line['epoch']}; nothing of it is saved")
+            sys.exit(f"error: {name} is {value} in epoch {line['epoch']}; the checkpoint stays")
     print(" ".join(f"{k} {v:.4g}" for k, v in line.items() if v is not None), flush=True)
     write(args.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     if alphas:

@@ -123,10 +123,11 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
     """
     (x, y), (x_val, y_val), e_virtual = train, val, ahead.e_virtual
     e, w = list(m.explainer.parameters()), list(m.audience.parameters())
+    wanted = [*m.alphas, *e_virtual] if order == 2 else m.alphas     # at xi_e = 0 v_e goes nowhere
 
     # Stage 4: the explainer validates itself                                # LeaSE Eq. 9, 10
     loss = F.cross_entropy(call(m.explainer, e_virtual, x_val, m.alphas), y_val)
-    parts = grad(loss, [*m.alphas, *e_virtual])
+    parts = grad(loss, wanted)
     g_alpha, v_e = parts[:len(m.alphas)], parts[len(m.alphas):]
     total, share = loss.detach(), torch.zeros_like(loss)
 
@@ -145,8 +146,7 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
         v_delta, = (-xi_w * p for p in central_difference(grad_delta, w, v_w, radius))
 
         def grad_alpha_e(at):                                                 # LeaSE Eq. 14, 15
-            return grad(explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0]),
-                        [*m.alphas, *e_virtual])
+            return grad(explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0]), wanted)
 
         parts = central_difference(grad_alpha_e, [delta], [ahead.xi * v_delta], radius)
         share = torch.cat(parts[:len(m.alphas)]).norm() / torch.cat(g_alpha).norm()
