@@ -1,15 +1,23 @@
-"""What the scripts share: the DARTS search space, the gradient primitives, the data, the run.
+"""What the scripts share: the DARTS search space, its bases, gradients, images, the run.
 
-Sections: operations and supernet; gradients; images and streams; command line and run folder.
+Sections: operations and supernet; architecture; bases; gradients; images and streams; command line;
+the run and its folder.
 Sources: DARTS (Liu et al. 2019, arXiv 1806.09055) for the search space and the one-step gradient;
-the methods' equations are in lpt.py, il.py and lease.py.
+the bases' papers beside BASES; the methods' equations are in lpt.py, il.py and lease.py.
 """
 
+import argparse
+import contextlib
+import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import pickle
+import resource
 import shlex
+import signal
 import sys
 import time
 import zlib
@@ -19,11 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont  # Pillow comes with torchvision
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from genotypes import PRIMITIVES, BadInput, Genotype, to_json, to_svg
@@ -108,141 +118,206 @@ def merge_phases(x):                                              # the inverse 
     return x.permute(0, 3, 1, 2)
 
 
-class MixedEdges(nn.Module):
-    """The mixed operations (DARTS Eq. 2) on all `edges` outgoing edges of one state at once.
-
-    The convolutions of one type are merged over the edges into one grouped convolution; what has no
-    weights (pooling with its BN, identity) is computed once; `none` adds zero and is left out.
-    """
-
-    def __init__(self, C, edges, stride):
-        super().__init__()
-        self.edges, self.stride = edges, stride
-        for k in (3, 5):
-            self.add_module(f"sep_conv_{k}x{k}_a", SeparableConv(C, k, stride, edges=edges))
-            self.add_module(f"sep_conv_{k}x{k}_b", SeparableConv(C, k, edges=edges))
-            self.add_module(f"dil_conv_{k}x{k}", SeparableConv(C, k, edges=edges))
-        self.max_norm, self.avg_norm = (BatchNorm(C, affine=False) for _ in range(2))
-        if stride == 2:
-            self.skip_connect = FactorizedReduce(C, C, edges)
-
-    def forward(self, x, p):
-        """x (N, C, H, W), p (edges, 8) softmaxed -> one (N, C, H', W') per edge."""
-        _, C, H, W = x.shape
-        on_edges = dict(zip(PRIMITIVES, p.repeat_interleave(C, 0).t().contiguous()))  # (edges*C,)
-        wide = F.relu_(torch.cat([x] * self.edges, 1))            # (N, edges*C, H, W)
-
-        def separable(name):
-            once = F.relu_(self.get_submodule(name + "_a")(wide))
-            return self.get_submodule(name + "_b")(once, on_edges[name])
-
-        def dilated(wide, dilation):
-            return (self.dil_conv_3x3(wide, on_edges["dil_conv_3x3"], dilation)
-                    + self.dil_conv_5x5(wide, on_edges["dil_conv_5x5"], dilation))
-
-        out = separable("sep_conv_3x3") + separable("sep_conv_5x5")
-        if self.stride == 2:     # then dilation 2 reads one phase only
-            out = out + dilated(wide[:, :, ::2, ::2], 1)
-            out = out + self.skip_connect(F.relu(x), on_edges["skip_connect"])
-        elif H % 2 == W % 2 == 0:
-            out = out + merge_phases(dilated(phases(wide), 1))
-        else:
-            out = out + dilated(wide, 2)
-
-        shared = [self.max_norm(F.max_pool2d(x, 3, self.stride, 1)),
-                  self.avg_norm(F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False))]
-        if self.stride == 1:
-            shared.append(x)
-        N, _, H, W = out.shape
-        stacked = torch.stack([s.permute(0, 2, 3, 1) for s in shared]).flatten(1)  # (2|3, N*H*W*C)
-        mixed = p[:, 1:1 + len(shared)] @ stacked                 # max_pool, avg_pool, skip_connect
-        mixed = mixed.view(-1, N, H, W, C).permute(0, 1, 4, 2, 3)
-        return [a + b for a, b in zip(out.chunk(self.edges, 1), mixed)]
-
-
 NODES = 4
 EDGES = sum(2 + i for i in range(NODES))                          # 14
 # the rows of alpha that belong to state j's outgoing edges, in the order of the nodes they lead to
 OUTGOING = [[sum(2 + n for n in range(i)) + j for i in range(max(0, j - 1), NODES)]
             for j in range(NODES + 1)]
+ALL = [[list(PRIMITIVES)] * EDGES] * 2                            # every candidate on every edge
+
+
+@dataclass
+class Knobs:
+    """What a base changes in its supernets while they train."""
+    auxiliary: float = 0.0              # DARTS-: weight of the auxiliary skip
+    skip_dropout: float = 0.0           # P-DARTS: rate
+    seed: int = 0                       # of the dropped values; the same in every pass of a step
+    generator: torch.Generator | None = None
+
+
+def avg_pool(x, size, stride, padding):
+    return F.avg_pool2d(x, size, stride, padding, count_include_pad=False)
+
+
+class MixedEdges(nn.Module):
+    """The mixed operations (DARTS Eq. 2) on all outgoing edges of one state at once.
+
+    The convolutions of one type are merged over the edges into one grouped convolution; what has no
+    weights (pooling with its BN, identity) is computed once; `none` adds zero and is left out.
+    kept: per edge, the names of its candidates. partial: the operations see C / partial channels,
+    the others pass by, and all are shuffled (PC-DARTS §3.1). auxiliary: DARTS-'s skip beside them.
+    """
+
+    def __init__(self, C, kept, stride, knobs, partial=1, auxiliary=False):
+        super().__init__()
+        self.edges, self.stride, self.partial, self.knobs = len(kept), stride, partial, knobs
+        self.kept = {name: edges for name in PRIMITIVES
+                     if (edges := tuple(e for e, names in enumerate(kept) if name in names))}
+        c = C // partial
+        for name, edges in self.kept.items():
+            n = len(edges)
+            if name.startswith("sep"):
+                self.add_module(name + "_a", SeparableConv(c, int(name[-1]), stride, edges=n))
+                self.add_module(name + "_b", SeparableConv(c, int(name[-1]), edges=n))
+            elif name.startswith("dil"):
+                self.add_module(name, SeparableConv(c, int(name[-1]), edges=n))
+            elif name.endswith("pool_3x3"):
+                self.add_module(name, BatchNorm(c, affine=False))
+            elif name == "skip_connect" and stride == 2:
+                self.skip_connect = FactorizedReduce(c, c, n)
+        if auxiliary and stride == 2:
+            self.auxiliary = FactorizedReduce(c, c, len(kept))
+
+    def forward(self, x, p, q=None):
+        """x (N, C, H, W), p (edges, 8) weights of the operations, q (edges,) of the bypass
+        -> one (N, C, H', W') per edge."""
+        N, C, H, W = x.shape
+        x, bypass = x.split([C // self.partial, C - C // self.partial], 1)
+        C = C // self.partial
+        counts = {len(edges) for edges in self.kept.values()}
+        on_edges = p.repeat_interleave(C, 0).t().contiguous().unbind()            # 8 (edges*C,)
+
+        def weight(name):                                         # of an operation, per channel
+            row, edges = on_edges[PRIMITIVES.index(name)], self.kept[name]
+            return row if len(edges) == self.edges else torch.cat(
+                [row[e * C:(e + 1) * C] for e in edges])
+
+        def put(name, term):                                      # sums what has the same edges
+            edges = self.kept.get(name, tuple(range(self.edges)))
+            sums[edges] = sums[edges] + term if edges in sums else term
+
+        r, sums, shared, columns = F.relu(x), {}, [], []
+        wide = {n: torch.cat([r] * n, 1) for n in counts}         # (N, n*C, H, W)
+        seen, dilation = wide, 2
+        if self.stride == 2:     # then dilation 2 reads one phase only
+            seen, dilation = {n: w[:, :, ::2, ::2] for n, w in wide.items()}, 1
+        elif H % 2 == W % 2 == 0:
+            seen, dilation = {n: phases(w) for n, w in wide.items()}, 1
+        for name in ("dil_conv_3x3", "dil_conv_5x5"):             # first: their sums are in phases
+            if name in self.kept:
+                put(name, self.get_submodule(name)(seen[len(self.kept[name])], weight(name),
+                                                   dilation))
+        if self.stride == 1 and dilation == 1:
+            sums = {edges: merge_phases(term) for edges, term in sums.items()}
+        for name in ("sep_conv_3x3", "sep_conv_5x5"):
+            if name in self.kept:
+                once = F.relu_(self.get_submodule(name + "_a")(wide[len(self.kept[name])]))
+                put(name, self.get_submodule(name + "_b")(once, weight(name)))
+
+        for name, pool in (("max_pool_3x3", F.max_pool2d), ("avg_pool_3x3", avg_pool)):
+            if name in self.kept:                                 # once for all edges
+                shared.append(self.get_submodule(name)(pool(x, 3, self.stride, 1)))
+                columns.append(p[:, PRIMITIVES.index(name)])
+        beta, rate = self.knobs.auxiliary, self.knobs.skip_dropout if self.training else 0.0
+        if self.stride == 2:
+            if "skip_connect" in self.kept:
+                put("skip_connect", self.skip_connect(r, weight("skip_connect")))
+            if beta:
+                put("auxiliary", self.auxiliary(r, torch.full_like(on_edges[0], beta)))
+        else:
+            direct = torch.full_like(p[:, 0], beta)
+            if "skip_connect" in self.kept and rate:              # P-DARTS §3.3
+                many = torch.cat([x] * len(self.kept["skip_connect"]), 1)
+                stay = torch.empty_like(many).bernoulli_(1 - rate, generator=self.knobs.generator)
+                scale = weight("skip_connect").view(1, -1, 1, 1) / (1 - rate)
+                put("skip_connect", many * stay * scale)
+            elif "skip_connect" in self.kept:
+                direct = direct + p[:, PRIMITIVES.index("skip_connect")]
+            shared.append(x)
+            columns.append(direct)
+
+        out = [0] * self.edges
+        if shared:
+            N, _, H, W = shared[0].shape
+            stacked = torch.stack([s.permute(0, 2, 3, 1) for s in shared]).flatten(1)
+            mixed = torch.stack(columns, 1) @ stacked             # (edges, N*H*W*C)
+            out = list(mixed.view(-1, N, H, W, C).permute(0, 1, 4, 2, 3))
+        for edges, term in sums.items():
+            for e, part in zip(edges, term.chunk(len(edges), 1)):
+                out[e] = out[e] + part
+        if self.partial == 1:
+            return out
+        if self.stride == 2:
+            bypass = F.max_pool2d(bypass, 2, ceil_mode=True)
+        return [F.channel_shuffle(torch.cat([term, weight * bypass], 1), self.partial)
+                for term, weight in zip(out, q)]
 
 
 class SearchCell(nn.Module):
-    def __init__(self, C_prev_prev, C_prev, C, reduction, reduction_prev):
+    """kept: per edge, its candidates; what follows is MixedEdges'."""
+
+    def __init__(self, C_prev_prev, C_prev, C, reduction, reduction_prev, kept, *options):
         super().__init__()
         self.reduction = reduction
         self.preprocess0 = (nn.Sequential(nn.ReLU(), FactorizedReduce(C_prev_prev, C))
                             if reduction_prev else relu_conv_bn(C_prev_prev, C))
         self.preprocess1 = relu_conv_bn(C_prev, C)
-        self.states = nn.ModuleList(MixedEdges(C, len(rows), 2 if reduction and j < 2 else 1)
-                                    for j, rows in enumerate(OUTGOING))
+        self.states = nn.ModuleList(
+            MixedEdges(C, [kept[row] for row in rows], 2 if reduction and j < 2 else 1, *options)
+            for j, rows in enumerate(OUTGOING))
 
-    def forward(self, s0, s1, p):
-        """p: per state, its outgoing edges' softmaxed alphas."""
+    def forward(self, s0, s1, p, q):
+        """p, q: per state, the weights of its outgoing edges' operations and bypasses."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         sums = [0] * NODES
         for j, edges in enumerate(self.states):
-            for node, term in zip(range(max(0, j - 1), NODES), edges(states[j], p[j])):
+            for node, term in zip(range(max(0, j - 1), NODES), edges(states[j], p[j], q[j])):
                 sums[node] = sums[node] + term
             if j > 0:                                             # node j - 1 has all its inputs
                 states.append(sums[j - 1])
         return torch.cat(states[2:], 1)                           # (N, 4C, H, W)
 
 
+def imagenet_stem(C):
+    """Three convolutions of stride 2, the features after two and after three: two modules."""
+    def conv(a, b):
+        return nn.Conv2d(a, b, 3, 2, 1, bias=False), BatchNorm(b)
+    return (nn.Sequential(*conv(3, C // 2), nn.ReLU(), *conv(C // 2, C)),
+            nn.Sequential(nn.ReLU(), *conv(C, C)))
+
+
 class Supernet(nn.Module):
-    """The DARTS search network: cells of mixed operations; reduction cells at 1/3 and 2/3.
+    """The search network: cells of mixed operations; reduction cells at 1/3 and 2/3.
 
     Its parameters are the weights alone; the architecture comes with the call, so that one
-    architecture can be shared by several networks.
+    architecture can be shared by several networks. kept: of the normal and the reduction cell, the
+    candidates per edge; partial, auxiliary: MixedEdges'; imagenet: the stem of stride 8.
     """
 
-    def __init__(self, C=16, num_classes=10, layers=8):
+    def __init__(self, C=16, num_classes=10, layers=8, kept=ALL, partial=1, auxiliary=False,
+                 imagenet=False):
         super().__init__()
-        C_prev_prev = C_prev = 3 * C
-        self.stem = nn.Sequential(nn.Conv2d(3, C_prev, 3, padding=1, bias=False), BatchNorm(C_prev))
-        self.cells, reduction = nn.ModuleList(), False
+        if C % (2 * partial):
+            raise BadInput(f"--channels {C}: must be a multiple of {2 * partial}")
+        self.partial, self.knobs = partial, Knobs()
+        if imagenet:
+            (self.stem0, self.stem1), C_prev_prev, C_prev = imagenet_stem(C), C, C
+        else:
+            C_prev_prev = C_prev = 3 * C
+            self.stem0, self.stem1 = nn.Sequential(
+                nn.Conv2d(3, C_prev, 3, padding=1, bias=False), BatchNorm(C_prev)), nn.Identity()
+        self.cells, reduction = nn.ModuleList(), imagenet
         for i in range(layers):
             reduction_prev, reduction = reduction, i in (layers // 3, 2 * layers // 3)
             C *= 2 if reduction else 1
-            self.cells.append(SearchCell(C_prev_prev, C_prev, C, reduction, reduction_prev))
+            self.cells.append(SearchCell(C_prev_prev, C_prev, C, reduction, reduction_prev,
+                                         kept[reduction], self.knobs, partial, auxiliary))
             C_prev_prev, C_prev = C_prev, NODES * C
         self.classifier = nn.Linear(C_prev, num_classes)
 
     def forward(self, x, alphas):
-        """x (N, 3, H, W), alphas: normal and reduce, each (14, 8) -> logits (N, num_classes)."""
+        """x (N, 3, H, W), alphas: initial_alphas' -> logits (N, num_classes)."""
+        if self.knobs.skip_dropout and self.training:
+            self.knobs.generator = torch.Generator(x.device).manual_seed(self.knobs.seed)
         p = [[torch.stack([rows[e] for e in edges]) for edges in OUTGOING]
-             for rows in (F.softmax(alpha, -1).unbind() for alpha in alphas)]
-        s0 = s1 = self.stem(x)
+             for rows in (weights.unbind() for weights in operation_weights(alphas))]
+        q = [[torch.stack([row[e] for e in edges]) for edges in OUTGOING]
+             for row in (edge_weights(beta).unbind() for beta in alphas[2:])] or [[None] * 5] * 2
+        s0 = self.stem0(x)
+        s1 = self.stem1(s0)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, p[cell.reduction])
+            s0, s1 = s1, cell(s0, s1, p[cell.reduction], q[cell.reduction])
         return self.classifier(s1.mean((2, 3)))
-
-
-def initial_alphas(device) -> list[Tensor]:
-    """The architecture A: alpha of the normal and of the reduction cell, each (14, 8)."""
-    return [nn.Parameter((1e-3 * torch.randn(EDGES, len(PRIMITIVES))).to(device)) for _ in range(2)]
-
-
-def decode(alphas: list[Tensor]) -> Genotype:
-    """The cell that alphas stand for (DARTS §2.4): per node the two incoming edges whose strongest
-    operation other than `none` is strongest, with that operation; ties go to the lower index."""
-    def cell(alpha):
-        p, edges, first = F.softmax(alpha.detach().float().cpu(), -1)[:, 1:].tolist(), [], 0
-        for n in range(2, 2 + NODES):
-            rows = p[first:first + n]
-            for state in sorted(range(n), key=lambda s: -max(rows[s]))[:2]:
-                edges.append((PRIMITIVES[1 + rows[state].index(max(rows[state]))], state))
-            first += n
-        return edges
-    concat = list(range(2, 2 + NODES))
-    return Genotype(cell(alphas[0]), concat, cell(alphas[1]), concat)
-
-
-def architecture_report(alphas: list[Tensor]) -> dict:
-    """Mean entropy of softmax(alpha) in nats, and skip connections in the decoded normal cell."""
-    p = F.softmax(torch.cat([a.detach() for a in alphas]), -1)
-    skips = sum(op == "skip_connect" for op, _ in decode(alphas).normal)
-    return {"alpha_entropy": -(p * p.log()).sum(-1).mean().item(), "skip_connections": skips}
 
 
 def place(module: nn.Module, device) -> nn.Module:
@@ -254,12 +329,169 @@ def memory_format(device):
     return torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
 
 
+# ----------------------------------------------------------------------------------- architecture
+
+DROPPED = -1e9                  # alpha of a candidate no longer there: its softmax is exactly zero
+
+
+def initial_alphas(device, kept=ALL, partial=1) -> list[Tensor]:
+    """The architecture A: alpha of the normal and of the reduction cell, each (14, 8); with partial
+    channels also their edges' beta, each (14,)."""
+    alphas = [1e-3 * torch.randn(EDGES, len(PRIMITIVES)) for _ in range(2)]
+    for alpha, edges in zip(alphas, kept):
+        gone = [[name not in names for name in PRIMITIVES] for names in edges]
+        alpha[torch.tensor(gone)] = DROPPED
+    if partial > 1:
+        alphas += [1e-3 * torch.randn(EDGES) for _ in range(2)]
+    return [nn.Parameter(a.to(device)) for a in alphas]
+
+
+def edge_weights(beta: Tensor) -> Tensor:
+    """beta (14,), softmaxed over the edges into each node (PC-DARTS Eq. 3)."""
+    return torch.cat([F.softmax(b, 0) for b in beta.split([2 + n for n in range(NODES)])])
+
+
+def operation_weights(alphas: list[Tensor]) -> list[Tensor]:
+    """The weights of all operations in the normal and the reduction cell, each (14, 8)."""
+    weights = [F.softmax(alpha, -1) for alpha in alphas[:2]]                       # DARTS Eq. 2
+    return [w * edge_weights(beta)[:, None] for w, beta in zip(weights, alphas[2:])] or weights
+
+
+def decode(alphas: list[Tensor], max_skips: int = 8) -> Genotype:
+    """The cell that alphas stand for (DARTS §2.4): per node the two incoming edges whose strongest
+    operation other than `none` is strongest, with that operation; ties go to the lower index. Of
+    more than max_skips skip connections in the normal cell the weakest go, one by one, and the
+    cell is decoded again (P-DARTS §3.3)."""
+    def cell(p):                                                  # (14, 7) -> [(row, state, op)]
+        edges, first = [], 0
+        for n in range(2, 2 + NODES):
+            rows = p[first:first + n]
+            edges += [(first + state, state, rows[state].index(max(rows[state])))
+                      for state in sorted(range(n), key=lambda s: -max(rows[s]))[:2]]
+            first += n
+        return edges
+
+    normal, reduce = (w[:, 1:].detach().float().cpu().tolist() for w in operation_weights(alphas))
+    skip = PRIMITIVES.index("skip_connect") - 1
+    while len(skips := [row for row, _, op in cell(normal) if op == skip]) > max_skips:
+        normal[min(skips, key=lambda row: normal[row][skip])][skip] = 0.0
+    concat = list(range(2, 2 + NODES))
+    named = [[(PRIMITIVES[1 + op], state) for _, state, op in cell(p)] for p in (normal, reduce)]
+    return Genotype(named[0], concat, named[1], concat)
+
+
+def prune(alphas: list[Tensor], keep: int) -> list:
+    """The `keep` strongest candidates of every edge, in their order (P-DARTS §3.2); of equal ones
+    the lower index goes first."""
+    return [[[PRIMITIVES[o] for o in sorted(sorted(range(len(row)), key=row.__getitem__)[-keep:])]
+             for row in alpha.tolist()] for alpha in alphas[:2]]
+
+
+def skip_connections(alphas: list[Tensor]) -> int:
+    """How many of the decoded normal cell's operations are skip connections."""
+    return sum(op == "skip_connect" for op, _ in decode(alphas).normal)
+
+
+def architecture_report(alphas: list[Tensor]) -> dict:
+    """Mean entropy of softmax(alpha) in nats, and skip connections in the decoded normal cell."""
+    p = F.softmax(torch.cat([a.detach() for a in alphas[:2]]), -1)
+    return {"alpha_entropy": torch.special.entr(p).sum(-1).mean().item(),
+            "skip_connections": skip_connections(alphas)}
+
+
+# ------------------------------------------------------------------------------------------ bases
+
+# A base search: the defaults it gives the command line. layers, candidates and skip_dropout have an
+# entry per stage (weights and A start anew in each), epochs and warm_up count within a stage.
+DARTS = dict(order=1, layers=[8], epochs=50, batch_size=64, lr=0.025, lr_min=0.001, alpha_lr=3e-4,
+             warm_up=0, candidates=[8], skip_dropout=[0.0], max_skips=8, stop_at_skips=0, partial=1,
+             auxiliary_skip=False)
+BASES = {
+    "darts-1st": DARTS,                                           # arXiv 1806.09055, §A.1
+    "darts-2nd": DARTS | dict(order=2),
+    "darts-": DARTS | dict(auxiliary_skip=True),                  # arXiv 2009.01027
+    "darts+": DARTS | dict(stop_at_skips=2),                      # arXiv 1909.06035
+    "pcdarts": DARTS | dict(batch_size=256, lr=0.1, lr_min=0.0, alpha_lr=6e-4, warm_up=15,
+                            partial=4),                           # arXiv 1907.05737
+    "pdarts": DARTS | dict(layers=[5, 11, 17], epochs=25, batch_size=96, lr_min=0.0, alpha_lr=6e-4,
+                           warm_up=10, candidates=[8, 5, 3], skip_dropout=[0.1, 0.4, 0.7],
+                           max_skips=2),                          # arXiv 1904.12760
+}
+IMAGENET = dict(image_size=224, subsets=[0.1, 0.025])
+IMAGENET_BASES = {"pcdarts": dict(batch_size=1024, lr=0.5, alpha_lr=6e-3, warm_up=35)}
+
+
+def new_stage(args, stage: int, kept, classes: list[int], device):
+    """What starts anew in a stage of the search, from (seed, stage): a supernet for each entry of
+    classes with its SGD, and the architecture A with its Adam.
+
+    Returns (supernets, their optimizers, alphas, optimizer of alphas).
+    """
+    seed_all(args.seed, stage)
+    nets = [place(Supernet(args.channels, n, args.layers[stage], kept, args.partial,
+                           args.auxiliary_skip, "imagenet" in task_names(args)), device)
+            for n in classes]
+    opts = [torch.optim.SGD(net.parameters(), args.lr, args.momentum,
+                            weight_decay=args.weight_decay) for net in nets]
+    alphas = initial_alphas(device, kept, args.partial)
+    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
+                                 weight_decay=args.alpha_weight_decay)
+    kinds = {len(names) for cell in kept for names in cell}
+    print(f"stage {stage + 1} of {len(args.layers)}: {args.layers[stage]} cells, "
+          f"{'/'.join(map(str, sorted(kinds)))} candidates an edge")
+    return nets, opts, alphas, alpha_opt
+
+
+def schedule(args, stage: int, epoch: int, step: int, nets, opts) -> bool:
+    """Set what a base changes from epoch to epoch of a stage: the learning rate, DARTS-'s auxiliary
+    skip, P-DARTS' skip dropout. Returns whether A learns in this epoch."""
+    learns, last = epoch >= args.warm_up, max(1, args.epochs - 1)
+    rate = args.skip_dropout[stage] * (math.exp(-0.2 * (epoch - args.warm_up)) if learns else
+                                       (args.epochs - epoch - 1) / args.epochs)
+    for net, opt in zip(nets, opts):
+        opt.param_groups[0]["lr"] = cosine(args.lr, args.lr_min, epoch, args.epochs)
+        net.knobs.skip_dropout, net.knobs.seed = rate, mixed_seed(args.seed, step, rank())
+        net.knobs.auxiliary = args.auxiliary_skip * (1 - max(epoch, args.epochs == 1) / last)
+    return learns
+
+
 # -------------------------------------------------------------------------------------- gradients
 
 
-def grad(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """d loss / d inputs; touches no .grad. Every gradient of the methods is taken here."""
-    return list(torch.autograd.grad(loss, inputs))
+def rank() -> int:
+    """This process's number among those that share the search; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def reduce(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
+    """The sums of tensors over all processes, times scale. Raises Gone."""
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        raise Gone(f"rank {rank()}: another process of this run is gone ({error})") from None
+    parts = flat.mul_(scale).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors)]
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes, whose gradient, averaged by grad, is the sum's."""
+    if world_size() == 1:
+        return x
+    mine = world_size() * x
+    return mine + (reduce([x])[0] - mine).detach()
+
+
+def grad(loss: Tensor, inputs: list[Tensor], per_image: bool = False) -> list[Tensor]:
+    """d loss / d inputs; touches no .grad. Every gradient of the methods is taken here, and
+    averaged over the processes, each of which has its share of the batch: the inputs are common to
+    all of them, unless they are per_image."""
+    grads = list(torch.autograd.grad(loss, inputs))
+    return grads if per_image or world_size() == 1 else reduce(grads, 1 / world_size())
 
 
 def call(module: nn.Module, weights: list[Tensor], *inputs):
@@ -282,33 +514,69 @@ def virtual_weights(optimizer: torch.optim.SGD, weights: list[Tensor], grads: li
     return [w.requires_grad_() for w in torch._foreach_add(weights, step, alpha=-group["lr"])]
 
 
-def central_difference(grad_at, w: list[Tensor], v: list[Tensor], radius: float = 1e-2):
+def central_difference(grad_at, w: list[Tensor], v: list[Tensor], radius: float = 1e-2,
+                       per_image: bool = False):
     """(d2 L / da dw) v for every tensor a that grad_at differentiates by; zeros where v is zero.
 
     grad_at(w) returns dL/da at weights w. The step is eps = radius / |v|, with the norm over all
-    of v (DARTS Eq. 8; LPT Eq. 17; LeaSE Eq. 11).
+    of v (DARTS Eq. 8; LPT Eq. 17; LeaSE Eq. 11); per_image: v is spread over the processes.
     """
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v)))
+        if per_image and world_size() > 1:
+            norm = reduce([norm.square()])[0].sqrt()
         eps = torch.where(norm > 0, radius / norm, radius)
         step = torch._foreach_mul(v, eps)
         plus, minus = torch._foreach_add(w, step), torch._foreach_sub(w, step)
     return [(p - n) / (2 * eps) for p, n in zip(grad_at(plus), grad_at(minus))]
 
 
-def descend(optimizer, weights: list[Tensor], grads: list[Tensor], clip: float | None = None):
-    """One optimizer step along given gradients, their total norm clipped at `clip`."""
+def finite(tensors) -> bool:
+    return math.isfinite(torch.stack(torch._foreach_norm(list(tensors), math.inf)).sum().item())
+
+
+def descend(optimizer, weights: list[Tensor], grads: list[Tensor], clip: float | None = None,
+            learner: str = "a learner", loss: Tensor | None = None):
+    """One optimizer step along given gradients, their total norm clipped at `clip`. Raises
+    NotFinite, before the step where the loss or a gradient is NaN or infinite."""
+    if not finite(grads if loss is None else [*grads, loss.detach()]):
+        raise NotFinite(f"the loss or a gradient of {learner} is not finite")
     for w, g in zip(weights, grads):
         w.grad = g
     if clip:
         nn.utils.clip_grad_norm_(weights, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if not finite([w.detach() for w in weights]):
+        raise NotFinite(f"a weight of {learner} is not finite after its step")
 
 
 def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
     """The learning rate of an epoch, annealed from start towards end (SGDR, Eq. 5)."""
     return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def mixed_seed(*keys: int) -> int:
+    """A 64-bit seed from several numbers."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_all(*keys: int):
+    """torch's generators as a pure function of `keys`."""
+    torch.manual_seed(mixed_seed(*keys))
+
+
+def evaluating(*modules: nn.Module):
+    """Set modules to evaluation, with rank 0's BatchNorm statistics in all processes."""
+    for module in modules:
+        module.eval()
+        for buffer in module.buffers() if world_size() > 1 else ():
+            dist.broadcast(buffer, 0)
+
+
+def autocast(device, on: bool):
+    """bfloat16 where torch finds it safe; nothing is cached between passes at several weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
 
 # ----------------------------------------------------------------------------- images and streams
@@ -323,35 +591,99 @@ class ImageSet:
     mean: Tensor            # (3, 1, 1), of the training images, in units of 0 to 1
     std: Tensor             # (3, 1, 1)
 
-    def batch(self, rows, rng=None, cutout: int = 0) -> Tensor:
+    @property
+    def size(self) -> tuple[int, int]:
+        return tuple(self.images.shape[2:])
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def pixels(self, rows) -> Tensor:
+        """The images `rows` as they are, (N, 3, H, W) uint8."""
+        return self.images[rows]
+
+    def batch(self, rows, rng=None, cutout: int = 0, part=slice(None)) -> Tensor:
         """The images `rows`, normalised, (N, 3, H, W) float32. With a generator each is cropped
         out of its zero-padded self (by 1/8: 4 pixels at 32), flipped by even odds and, if asked,
-        loses a square of `cutout` pixels' side."""
-        x, device = self.images[rows], self.images.device
-        N, _, H, W = x.shape
+        loses a square of `cutout` pixels' side. part: those of them that are wanted."""
+        x, device, N = self.images[rows[part]], self.device, len(rows)
+        n, _, H, W = x.shape
         ys, xs = torch.arange(H, device=device), torch.arange(W, device=device)
 
-        def draw(high):                                           # (N, 1) integers below high
-            return torch.from_numpy(rng.integers(high, size=(N, 1))).to(device)
+        def draw(high):                                           # (n, 1) integers below high
+            return torch.from_numpy(rng.integers(high, size=(N, 1))[part]).to(device)
 
         if rng is not None:
             pad = H // 8
             x = F.pad(x, (pad,) * 4)
             down, across = ys + draw(2 * pad + 1), xs + draw(2 * pad + 1)
             across = torch.where(draw(2) == 1, across.flip(1), across)
-            n, c = (torch.arange(k, device=device)[:, None, None] for k in (N, 3))
-            x = x[n[..., None], c, down[:, None, :, None], across[:, None, None, :]]
-        x = (x.float() / 255 - self.mean) / self.std
+            i, c = (torch.arange(k, device=device)[:, None, None] for k in (n, 3))
+            x = x[i[..., None], c, down[:, None, :, None], across[:, None, None, :]]
+        x = normalised(x, self)
         if cutout:
             inside = [(at - centre + cutout // 2).div(cutout, rounding_mode="floor") == 0
                       for at, centre in ((ys, draw(H)), (xs, draw(W)))]
             x = x * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
         return x.contiguous(memory_format=memory_format(device))
 
-    def batches(self, rows, batch_size):
-        """Each image of `rows` once, in order and as it is: x, y."""
-        for part in torch.as_tensor(rows, device=self.labels.device).split(batch_size):
-            yield self.batch(part), self.labels[part]
+
+@dataclass
+class ImageFiles(Dataset):
+    """Labelled images in files, read when they are asked for: ImageNet."""
+    folder: torchvision.datasets.ImageFolder
+    labels: Tensor          # (n,) int64, on the CPU
+    classes: list[str]
+    side: int               # of the square images, in pixels
+    device: torch.device    # where the batches go
+    workers: int            # processes that read
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)      # ImageNet's
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    def read(self, rows, rng=None, part=slice(None)) -> Tensor:
+        """The images `rows`, (N, 3, H, W) uint8 on the CPU. With a generator each is a random
+        resized crop, flipped by even odds, its colours jittered; else the centre of the image."""
+        side = self.side
+        centre = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+        random = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(),
+                             v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
+        seeds = rng and rng.integers(2 ** 63, size=len(rows))[part]
+        images, state = [], torch.get_rng_state()
+        for i, row in enumerate(np.asarray(rows)[part]):
+            image = read_image(self.folder, row)
+            if rng:                                               # v2 draws from this generator
+                torch.default_generator.manual_seed(int(seeds[i]))
+            images.append(v2.functional.pil_to_tensor((random if rng else centre)(image)))
+        torch.set_rng_state(state)
+        return torch.stack(images)
+
+    def pixels(self, rows) -> Tensor:
+        return self.read(torch.as_tensor(rows).cpu().numpy())
+
+    def batch(self, rows, rng=None, cutout: int = 0, part=slice(None)) -> Tensor:
+        return self.finish(self.read(torch.as_tensor(rows).cpu().numpy(), rng, part))
+
+    def finish(self, x: Tensor) -> Tensor:
+        x = normalised(x.to(self.device, non_blocking=True), self)
+        return x.contiguous(memory_format=memory_format(self.device))
+
+
+def normalised(x: Tensor, data) -> Tensor:
+    return (x.float() / 255 - data.mean.to(x.device)) / data.std.to(x.device)
+
+
+def read_image(folder, row) -> Image.Image:
+    """An image of an ImageFolder, RGB. Raises BadInput, which names its file."""
+    file = folder.samples[row][0]
+    try:
+        return folder.loader(file)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"cannot read the image {file}: {error}") from None
 
 
 def image_set(images: Tensor, labels, classes, device) -> ImageSet:
@@ -367,30 +699,40 @@ def image_set(images: Tensor, labels, classes, device) -> ImageSet:
 
 
 def load_images(dataset: str, data: Path, device, image_size: int | None = None,
-                test: bool = False) -> ImageSet:
-    """The training (or test) images of a data set.
+                test: bool = False, workers: int = 0):
+    """The training (or test) images of a data set: an ImageSet, of imagenet an ImageFiles.
 
     dataset: cifar10, cifar100, folder or folder:DIR (an ImageFolder tree: train/, and test/ or
-    val/), synthetic or synthetic:CLASSES. Raises BadInput where they cannot be had.
+    val/), imagenet (the same, read from its files), synthetic or synthetic:CLASSES. Raises
+    BadInput where they cannot be had.
     """
     name, _, option = dataset.partition(":")
     if name == "synthetic":
         return synthetic(int(option or 10), image_size or 32, device, test)
-    if name == "folder":
+    if name in ("folder", "imagenet"):
         data = Path(option or data)
         parts = [data / part for part in (("test", "val") if test else ("train",))]
         path = next((p for p in parts if p.is_dir()), None)
         if path is None:
             raise BadInput(f"no folder {' or '.join(map(str, parts))}: --data must hold train/, "
                            "and test/ or val/, with one folder of images per class")
-        return read_folder(path, image_size, device)
-    if name == "imagenet":
-        raise BadInput("--dataset imagenet: not built yet; evaluate.py has --count-params for it")
+        try:
+            folder = torchvision.datasets.ImageFolder(path)
+        except (FileNotFoundError, PermissionError) as error:
+            raise BadInput(f"no images in {path}: {error}") from None
+        if name == "imagenet":
+            return ImageFiles(folder, torch.tensor(folder.targets), folder.classes,
+                              image_size or 224, torch.device(device), workers)
+        return read_folder(folder, image_size, device)
     if image_size not in (None, 32):
         raise BadInput(f"--image-size {image_size}: the images of {dataset} have 32 pixels")
     source = getattr(torchvision.datasets, name.upper())
     try:
+        if rank():                                                # one process downloads
+            reduce([torch.zeros(1, device=device)])
         cifar = source(data, train=not test, download=True)       # checks its files' checksums
+        if world_size() > 1 and not rank():
+            reduce([torch.zeros(1, device=device)])
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{dataset} is not in {data} and cannot be downloaded ({error}): put "
                        f"{source.filename} there, or use --dataset folder --data DIR") from None
@@ -398,18 +740,11 @@ def load_images(dataset: str, data: Path, device, image_size: int | None = None,
                      cifar.classes, device)
 
 
-def read_folder(path: Path, image_size: int | None, device) -> ImageSet:
+def read_folder(folder, image_size: int | None, device) -> ImageSet:
     """All images of an ImageFolder, resized and centre-cropped to image_size if given."""
-    try:
-        folder = torchvision.datasets.ImageFolder(path)
-    except (FileNotFoundError, PermissionError) as error:
-        raise BadInput(f"no images in {path}: {error}") from None
     images = []
-    for file, _ in folder.samples:
-        try:
-            image = folder.loader(file)                           # RGB
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadInput(f"cannot read the image {file}: {error}") from None
+    for row, (file, _) in enumerate(folder.samples):
+        image = read_image(folder, row)
         if image_size:
             image = v2.functional.resize(image, [image_size])
             image = v2.functional.center_crop(image, [image_size])
@@ -451,26 +786,42 @@ def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> 
     return image_set(torch.from_numpy(pixels), labels, names, device)
 
 
-def split_rows(n: int, seed: int, hold_out: int = 0):
+def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
     """Rows of the training half, the validation half and the held-out images: a random partition.
-    The held-out ones are the same for every seed, so that another script can test on them."""
+    The held-out ones are the same for every seed, so that another script can test on them.
+    subsets: instead of halves, these two shares of every class (PC-DARTS §4.3)."""
+    n = len(labels)
     order = np.random.default_rng(0).permutation(n)
     held, rest = np.sort(order[:hold_out]), np.sort(order[hold_out:])
     rest = np.random.default_rng([seed, 0]).permutation(rest)
-    return rest[:len(rest) // 2], rest[len(rest) // 2:], held
+    if not subsets:
+        return rest[:len(rest) // 2], rest[len(rest) // 2:], held
+    halves, labels = ([], []), np.asarray(torch.as_tensor(labels).cpu())
+    for k in range(labels.max() + 1):
+        rows = rest[labels[rest] == k]
+        a, b = (max(1, round(share * len(rows))) for share in subsets)
+        halves[0].append(rows[:a])
+        halves[1].append(rows[a:a + b])
+    return *map(np.concatenate, halves), held
 
 
-class Stream:
-    """Endless mini-batches of some rows of an ImageSet, shuffled without replacement and augmented.
+class Stream(Dataset):
+    """Endless mini-batches of some rows of the images, shuffled without replacement and augmented.
 
-    stream(step) is a pure function of (seed, name, step): x (N, 3, H, W), y (N,), rows (N,).
+    stream(step) is a pure function of (seed, name, step): x (N, 3, H, W), y (N,), rows (N,); of
+    several processes each has its own part of the batch.
     """
 
-    def __init__(self, data: ImageSet, rows, batch_size: int, seed: int, name: str, cutout=0):
+    def __init__(self, data, rows, batch_size: int, seed: int, name: str, cutout=0):
         if batch_size > len(rows):
             raise BadInput(f"--batch-size {batch_size}: the {name} stream has {len(rows)} images")
+        if batch_size % world_size():
+            raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes")
         self.data, self.rows, self.batch_size, self.cutout = data, rows, batch_size, cutout
         self.key, self.order = (seed, zlib.crc32(name.encode())), (-1, None)
+        n = batch_size // world_size()
+        self.part = slice(rank() * n, (rank() + 1) * n)
+        self.reader, self.next = None, -1
 
     def epoch_steps(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
@@ -481,22 +832,106 @@ class Stream:
             self.order = lap, np.random.default_rng([*self.key, 0, lap]).permutation(self.rows)
         return self.order[1][k]
 
-    def __call__(self, step: int):
+    def draw(self, step: int):
+        """The rows of a step's whole batch, and the generator of its augmentation."""
         first = step * self.batch_size
-        rows = np.array([self._row(first + k) for k in range(self.batch_size)])
-        rng = np.random.default_rng([*self.key, 1, step])
-        rows = torch.from_numpy(rows).to(self.data.images.device)
-        return self.data.batch(rows, rng, self.cutout), self.data.labels[rows], rows
+        return (np.array([self._row(first + k) for k in range(self.batch_size)]),
+                np.random.default_rng([*self.key, 1, step]))
+
+    def __getitem__(self, step: int):                             # of files, in a worker
+        rows, rng = self.draw(step)
+        try:
+            return self.data.read(rows, rng, self.part), rows[self.part]
+        except BadInput as error:
+            return error, None
+
+    def __call__(self, step: int):
+        if isinstance(self.data, ImageSet):
+            rows, rng = self.draw(step)
+            rows = torch.from_numpy(rows).to(self.data.device)
+            x, rows = self.data.batch(rows, rng, self.cutout, self.part), rows[self.part]
+            return x, self.data.labels[rows], rows
+        if step != self.next:
+            self.reader = read_ahead(self, itertools.count(step), self.data.workers)
+        x, rows = next(self.reader)
+        self.next = step + 1
+        if rows is None:
+            raise x
+        rows, device = torch.from_numpy(rows), self.data.device
+        return self.data.finish(x), self.data.labels[rows].to(device), rows.to(device)
+
+
+def read_ahead(dataset, order, workers: int):
+    """An iterator over dataset[i] for i in order, read by worker processes if there are any."""
+    return iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers,
+                           pin_memory=torch.cuda.is_available(), worker_init_fn=quiet,
+                           collate_fn=same))
+
+
+def quiet(_):
+    """A worker leaves the signals to the process that it works for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def same(item):
+    return item
+
+
+@dataclass
+class Batches(Dataset):
+    """Some rows of the images in order and as they are, in batches."""
+    data: ImageSet | ImageFiles
+    rows: list
+
+    def __getitem__(self, i):
+        try:
+            return self.data.read(self.rows[i]), self.rows[i]
+        except BadInput as error:
+            return error, None
+
+
+def batches(data, rows, batch_size: int):
+    """Each image of `rows` once, in order and as it is: x, y."""
+    parts = [np.asarray(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+    if isinstance(data, ImageSet):
+        for part in parts:
+            part = torch.from_numpy(part).to(data.device)
+            yield data.batch(part), data.labels[part]
+        return
+    for x, part in read_ahead(Batches(data, parts), range(len(parts)), data.workers):
+        if part is None:
+            raise x
+        yield data.finish(x), data.labels[torch.from_numpy(part)].to(data.device)
 
 
 @torch.no_grad()
-def accuracy(predict, data: ImageSet, rows, batch_size: int) -> float:
+def accuracies(predict, data, rows, batch_size: int, top=(1, 5)) -> list[float]:
+    """The shares of images `rows` whose label is among the k largest logits of predict(x), for
+    each k in top."""
+    rows, hits = np.asarray(rows), torch.zeros(len(top), device=data.device)
+    for x, y in batches(data, rows[rank()::world_size()], batch_size):
+        found = predict(x).topk(min(max(top), len(data.classes)), 1).indices == y[:, None]
+        hits += torch.stack([found[:, :k].sum() for k in top])
+    if world_size() > 1:
+        hits = reduce([hits])[0]
+    return (hits.double() / len(rows)).tolist()
+
+
+def accuracy(predict, data, rows, batch_size: int) -> float:
     """The share of images `rows` whose largest logit, of predict(x), is their label's."""
-    hits = sum((predict(x).argmax(1) == y).sum() for x, y in data.batches(rows, batch_size))
-    return hits.item() / len(rows)
+    return accuracies(predict, data, rows, batch_size, top=(1,))[0]
 
 
-# ------------------------------------------------------------- command line, run folder, pictures
+# ------------------------------------------------------------------------------------ command line
+
+
+class NotFinite(Exception):
+    """A loss, gradient or weight is NaN or infinite."""
+
+
+class Gone(Exception):
+    """Another process of the run has ended."""
 
 
 def number(kind, low, high=math.inf):
@@ -521,134 +956,440 @@ def dataset_name(text: str) -> str:
 
 
 dataset_name.__name__ = "data set (cifar10, cifar100, imagenet, folder[:DIR], synthetic[:CLASSES])"
+real, flag = number(float, 0), argparse.BooleanOptionalAction
 
 
-def parse(parser, argv, method: str, quick: dict):
+def new_parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def data_arguments(parser):
+    add = parser.add_argument_group("the images").add_argument
+    add("--data", type=Path, default=Path("data"),
+        help="where CIFAR is or goes; the root of a folder or of ImageNet")
+    add("--image-size", type=number(int, 8, 512), default=None,
+        help="resize a folder's images to this many pixels; size of synthetic ones; ImageNet 224")
+    add("--hold-out", type=number(int, 0), default=0,
+        help="training images kept for evaluate.py to test on; Skillearn's lambda study has 5000 "
+             "(§3.2.4)")
+    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet's files")
+
+
+def search_arguments(parser):
+    """The arguments of every search: its images, its base and the supernets' training."""
+    data_arguments(parser)
+    add = parser.add_argument_group("the base search; the defaults are --base's").add_argument
+    add("--base", choices=BASES, default="darts-2nd", help="whose recipe and supernet to take")
+    add("--order", type=int, choices=(1, 2), help="1: xi = 0 for A (DARTS §2.3)")
+    add("--layers", type=number(int, 3), nargs="+", help="cells, per stage")
+    add("--epochs", type=number(int, 1), help="of a stage, over the training half")
+    add("--warm-up", type=number(int, 0), help="first epochs of a stage that train weights only")
+    add("--batch-size", type=number(int, 2), help="of each stream, over all processes")
+    add("--lr", type=real, help="of the searched networks' weights, SGD, cosine")
+    add("--lr-min", type=real, help="where the cosine ends")
+    add("--alpha-lr", type=real, help="of A, Adam (0.5, 0.999)")
+    add("--candidates", type=number(int, 2, len(PRIMITIVES)), nargs="+",
+        help="operations of an edge, per stage (P-DARTS §3.2)")
+    add("--skip-dropout", type=number(float, 0, 0.99), nargs="+",
+        help="initial rate on skip connections, per stage (P-DARTS §3.3)")
+    add("--max-skips", type=number(int, 0, 8),
+        help="most skip connections in the normal cell (P-DARTS §3.3)")
+    add("--stop-at-skips", type=number(int, 0, 8),
+        help="end the search at so many skip connections in the normal cell (DARTS+); 0: do not")
+    add("--partial", type=number(int, 1),
+        help="operations see 1/partial of the channels, edges have weights (PC-DARTS)")
+    add("--auxiliary-skip", action=flag, help="a skip beside every edge, weight 1 to 0 (DARTS-)")
+    add = parser.add_argument_group("the searched networks (DARTS §A.1)").add_argument
+    add("--channels", type=number(int, 2), default=16, help="C of the first cell")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of every SGD")
+    add("--weight-decay", type=real, default=3e-4, help="of every SGD")
+    add("--grad-clip", type=real, default=5.0, help="largest gradient norm of a network; 0: any")
+    add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
+    add("--radius", type=number(float, 1e-12), default=1e-2,
+        help="of the central differences: eps = radius / |v| (DARTS Eq. 8, LPT Eq. 17)")
+    add("--subsets", type=number(float, 0, 1), nargs=2, default=None,
+        help="shares of every class that train weights and A, instead of halves; "
+             "ImageNet 0.1 0.025 (PC-DARTS §4.3)")
+    run_arguments(parser, 10, "off, bf16 (the passes that train weights) or bf16-all (A's too)",
+                  ("off", "bf16", "bf16-all"))
+
+
+def run_arguments(parser, log_every: int, amp: str, levels: tuple):
+    add = parser.add_argument_group("the run").add_argument
+    add("--seed", type=number(int, 0), default=1, help="of everything random; LPT has 1 to 10")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    add("--amp", choices=levels, default="off", help=amp)
+    add("--tf32", action=flag, default=False, help="let NVIDIA's matrix units round to TF32")
+    add("--deterministic", action=flag, default=False,
+        help="only algorithms that repeat their bits on a GPU too; slower")
+    add("--out", type=Path, default=None, help="run folder (default: runs/...)")
+    add("--resume", action=flag, default=False, help="go on from the run folder's checkpoint")
+    add("--checkpoint-minutes", type=real, default=10, help="between checkpoints within an epoch")
+    add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
+    add("--quick", action=flag, default=False, help="a tiny run on synthetic images")
+
+
+def search_recipe(chosen, changes: dict) -> dict:
+    """A base's defaults for chosen.dataset, with a method's own: base (or "all") -> defaults."""
+    recipe = BASES[chosen.base] | changes.get("all", {}) | changes.get(chosen.base, {})
+    if chosen.dataset == "imagenet":
+        recipe = recipe | IMAGENET | IMAGENET_BASES.get(chosen.base, {})
+    if chosen.quick:
+        images = ({"dataset": "synthetic"} if chosen.dataset else
+                  {"tasks": ["synthetic:10", "synthetic:5"]})
+        recipe = recipe | images | dict(
+            image_size=16, channels=4 * min(2, recipe["partial"]), epochs=2,
+            layers=recipe["layers"] if len(recipe["layers"]) > 1 else [3], batch_size=100,
+            warm_up=min(1, recipe["warm_up"]), log_every=5)
+    return recipe
+
+
+def check_search(args):
+    """Raises BadInput where a search's arguments do not go together."""
+    stages = {len(args.layers), len(args.candidates), len(args.skip_dropout)}
+    if len(stages) > 1:
+        raise BadInput("--layers, --candidates and --skip-dropout: give each one value per stage")
+    if sorted(args.candidates, reverse=True) != args.candidates:
+        raise BadInput(f"--candidates {' '.join(map(str, args.candidates))}: cannot grow")
+    if args.warm_up >= args.epochs:
+        raise BadInput(f"--warm-up {args.warm_up}: A would learn in none of a stage's "
+                       f"{args.epochs} epochs")
+    if args.channels % (2 * args.partial):
+        raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
+    if args.subsets and (sum(args.subsets) > 1 or not min(args.subsets) > 0):
+        raise BadInput("--subsets: two shares above 0, together at most 1")
+
+
+def parse(parser, argv, method: str, recipe):
     """The parsed arguments and, with --resume, the checkpoint to go on from.
 
-    --quick replaces defaults by those of `quick`; --resume takes the saved run's arguments, and an
-    argument given with it must agree. Raises BadInput.
+    recipe(chosen) gives the defaults that hang on --base, --dataset and --quick. --resume takes the
+    saved run's arguments, and an argument given with it must agree. Raises BadInput.
     """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--base", choices=BASES, default=parser.get_default("base"))
+    early.add_argument("--dataset", default=parser.get_default("dataset"))
+    early.add_argument("--quick", action=flag, default=False)
+    try:
+        chosen, _ = early.parse_known_args(argv)
+    except argparse.ArgumentError:                                # the parser itself says which
+        chosen = early.parse_args([])
+    parser.set_defaults(**recipe(chosen))
     args = parser.parse_args(argv)
-    if args.quick:
-        parser.set_defaults(**quick)
-        args = parser.parse_args(argv)
     arch = Path(getattr(args, "arch", None) or "")
     cell = arch.parent.name or arch.stem if arch.suffix == ".json" else arch.name
-    tasks = getattr(args, "tasks", None) or [args.dataset]
-    name = "-".join(word for word in (method, cell, *tasks, str(args.seed)) if word)
-    out = args.out or Path("runs") / name.replace(":", "").replace("/", "_")
+    base = getattr(args, "base", "")
+    base = base if base != parser.get_default("base") else ""
+    words = (method, base, cell, *task_names(args), str(args.seed))
+    name = "-".join(word for word in words if word).replace(":", "").replace("/", "_")
+    args.out = args.out or Path("runs") / name
     checkpoint = None
     if args.resume:
-        path = out / "checkpoint.pt"
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            saved = checkpoint["args"]
-        except FileNotFoundError:
-            raise BadInput(f"--resume: there is no {path}") from None
-        except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError,
-                pickle.UnpicklingError) as error:
-            raise BadInput(f"--resume: {path} is damaged: {error}") from None
-        if checkpoint.get("method") != method:
-            raise BadInput(f"--resume: {path} is a run of {checkpoint.get('method')}, not {method}")
+        checkpoint = read_checkpoint(args.out)
+        if checkpoint["method"] != method:
+            raise BadInput(f"--resume: {args.out} is a run of {checkpoint['method']}.py, not "
+                           f"{method}.py")
+        saved, out = checkpoint["args"], args.out
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
+        args.out = out
         for name, value in plain(args).items():
-            if saved.get(name) != value and name != "data":
+            if saved.get(name) != value and name not in WHERE:
                 raise BadInput(f"--resume: the run in {out} has {name} = {saved.get(name)!r}, not "
                                f"{value!r}")
+        if checkpoint["world_size"] != int(os.environ.get("WORLD_SIZE", 1)):
+            raise BadInput(f"--resume: the run in {out} has world_size = "
+                           f"{checkpoint['world_size']}; start as many processes")
     elif (not getattr(args, "count_params", False)                # which writes nothing
-          and out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise BadInput(f"{out} is not an empty folder: give another --out, or --resume to go on "
-                       "from its checkpoint")
-    args.out = out
+          and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))):
+        raise BadInput(f"{args.out} is not an empty folder: give another --out, or --resume to go "
+                       "on from its checkpoint")
     return args, checkpoint
+
+
+def parse_search(parser, argv, method: str, changes: dict):
+    """parse, for a search whose method changes its bases' defaults: base (or "all") -> defaults."""
+    args, checkpoint = parse(parser, argv, method, lambda chosen: search_recipe(chosen, changes))
+    check_search(args)
+    return args, checkpoint
+
+
+def task_names(args) -> list[str]:
+    return getattr(args, "tasks", None) or [args.dataset]
+
+
+WHERE = ("data", "workers", "checkpoint_minutes")             # what may change on --resume
 
 
 def plain(args) -> dict:
     """The arguments that make a run what it is, and where its data is, as plain values."""
-    where = ("out", "device", "resume", "quick", "log_every")
-    return {k: str(v) if k == "data" else v for k, v in vars(args).items() if k not in where}
+    here = ("out", "device", "resume", "quick", "log_every")
+    return {k: str(v) if k == "data" else v for k, v in vars(args).items() if k not in here}
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(args) -> torch.device:
+    """The device to compute on; under torchrun, this process's, among the others."""
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = args.device
     if name == "auto":
         name = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
     if not has[name]:
         raise BadInput(f"--device {name}: torch sees no such device here")
-    torch.backends.cudnn.allow_tf32 = False     # TF32 rounds as coarsely as the differences step
-    return torch.device(name)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "RANK" not in os.environ:                                  # torchrun sets it
+        return torch.device(name)
+    device = torch.device(name, int(os.environ["LOCAL_RANK"]) if name == "cuda" else None)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if rank():                                                    # rank 0 alone speaks and writes
+        sys.stdout = open(os.devnull, "w")                        # noqa: SIM115
+    return device
 
 
-def pace(begin: float, done: int, left: int, batch_size: int) -> str:
-    """The speed since time.time() was `begin`, and the time that `left` more steps will take."""
-    spent = (time.time() - begin) / done
-    return f"{batch_size / spent:.1f} images/s  left {timedelta(seconds=round(spent * left))}"
+# ------------------------------------------------------------------------- the run and its folder
 
 
-@dataclass
-class RandomState:
-    """torch's generators as a part of a run; drop-path draws from them."""
-    device: torch.device
-
-    def state_dict(self):
-        cuda = self.device.type == "cuda"
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if cuda else None}
-
-    def load_state_dict(self, state):
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"])
-
-
-def begin_run(out: Path, parts: dict, checkpoint: dict | None) -> list[dict]:
-    """Make the run folder and put a checkpoint's states into the run's parts; returns the history
-    of its epochs, if any. Raises BadInput."""
-    try:
-        for name, part in parts.items() if checkpoint else ():
-            part.load_state_dict(checkpoint[name])
-        out.mkdir(parents=True, exist_ok=True)
-        return checkpoint["history"] if checkpoint else []
-    except (RuntimeError, ValueError, LookupError) as error:
-        raise BadInput(f"--resume: the checkpoint in {out} does not fit: {error}") from None
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error}") from None
-
-
-def write(path: Path, content: str | dict):
-    """Replace a file whole, or not at all: text, or what torch.save takes."""
+def write(path: Path, content: str | bytes):
+    """Replace a file whole, or not at all, so that it survives a kill and a power cut. Of several
+    processes only rank 0 writes."""
+    if rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content, encoding="utf-8")
-    else:
-        torch.save(content, temporary)
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def write_epoch(args, method: str, history: list[dict], parts: dict, alphas=None):
-    """What a run leaves behind after each epoch: the log, a search's cell and its drawing, and the
-    checkpoint (last, so that an interruption repeats the epoch). Stops at NaN and infinity."""
-    line = history[-1]
-    for name, value in line.items():
-        if value is not None and not math.isfinite(value):
-            sys.exit(f"error: {name} is {value} in epoch {line['epoch']}; the checkpoint stays")
-    print(" ".join(f"{k} {v:.4g}" for k, v in line.items() if v is not None), flush=True)
-    write(args.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-    if alphas:
-        cell = decode(alphas)
-        write(args.out / "genotype.json", to_json(cell))
-        write(args.out / "cells.svg", to_svg(cell, f"{args.out.name}, epoch {line['epoch']}"))
-    write(args.out / "checkpoint.pt", {
-        "method": method, "args": plain(args), "history": history,
-        **{name: part.state_dict() for name, part in parts.items()}})
+def write_checkpoint(folder: Path, content: dict):
+    """checkpoint.pt, with its SHA-256 as the comment of the zip archive that torch.save makes; the
+    one before it stays as checkpoint.previous.pt."""
+    if rank():
+        return
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    body = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")    # the comment's length
+    path = folder / "checkpoint.pt"
+    body += hashlib.sha256(body).hexdigest().encode()
+    write(folder / "checkpoint.new.pt", body)
+    if path.exists():
+        os.replace(path, folder / "checkpoint.previous.pt")
+    os.replace(folder / "checkpoint.new.pt", path)
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """The newest good checkpoint of a run folder. Raises BadInput."""
+    problems = []
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        path = folder / name
+        try:
+            body = path.read_bytes()
+            if hashlib.sha256(body[:-64]).hexdigest().encode() != body[-64:]:
+                raise ValueError("its checksum is wrong")
+            content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+            if not isinstance(content, dict) or not {"method", "args", "run"} <= content.keys():
+                raise ValueError("it is no checkpoint of a run")
+        except FileNotFoundError:
+            problems.append(f"there is no {path}")
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            problems.append(f"{path} is damaged: {error}")
+        else:
+            if problems:
+                sys.stderr.write(f"{problems[0]}; going on from {path}\n")
+            return content
+    raise BadInput("--resume: " + "; ".join(problems))
+
+
+def fingerprint(data) -> str:
+    """What tells one data set from another: its sizes, classes, labels and a sample of it."""
+    rows = np.linspace(0, len(data.labels) - 1, 16).astype(int)
+    seen = [str((len(data.labels), data.size, data.classes)).encode(),
+            data.labels.cpu().numpy().tobytes(), data.pixels(rows).cpu().numpy().tobytes()]
+    return hashlib.sha256(b"".join(seen)).hexdigest()[:16]
+
+
+class Signals:
+    """SIGTERM and SIGINT end a run after its step, with a checkpoint; a second one, or a step that
+    takes longer than eight seconds more, ends it at once. Outside the steps there is nothing to
+    save."""
+    number, stepping = 0, False
+
+    @classmethod
+    def receive(cls, number, frame):
+        if number == signal.SIGALRM:
+            sys.stderr.write("the step takes too long: the last checkpoint stays as it is\n")
+            os._exit(128 + cls.number)
+        if cls.number or not cls.stepping:
+            os._exit(128 + number) if cls.number else sys.exit(128 + number)
+        cls.number = number
+        signal.alarm(8)
+
+    @classmethod
+    @contextlib.contextmanager
+    def caught(cls):
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
+        before = [signal.signal(number, cls.receive) for number in numbers]
+        cls.number, cls.stepping = 0, False
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+
+
+class Run:
+    """A run's folder and its place in the schedule: all that --resume needs beside the learners.
+
+    state: the stage; the step of the run that comes next; kept, the candidates of each edge; the
+    sums of this epoch's figures and the seconds spent on it; the lines of the epochs before; why
+    the search ended early, if it did.
+    """
+
+    def __init__(self, method: str, args, checkpoint: dict | None, sets: list):
+        self.method, self.args, self.checkpoint = method, args, checkpoint
+        self.data = [fingerprint(data) for data in sets]
+        self.state = dict(stage=0, step=0, kept=ALL, sums={}, seconds=0.0, history=[], stopped=None)
+        if checkpoint:
+            if checkpoint["data"] != self.data:
+                raise BadInput(f"--resume: the data is not that of the run in {args.out}")
+            self.state = checkpoint["run"]
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out {args.out}: {error}") from None
+        self.parts, self.alphas, self.due, self.done = {}, None, False, 0
+
+    def stages(self):
+        """The stages that are left; between two of them the candidates are pruned."""
+        args, state = self.args, self.state
+        while state["stage"] < len(args.layers) and not state["stopped"]:
+            yield state["stage"]
+            state["stage"] += 1
+            if state["stage"] < len(args.layers):
+                state["kept"] = prune(self.alphas, args.candidates[state["stage"]])
+
+    def load(self, parts: dict, alphas=None):
+        """Take a stage's learners, optimizers and alphas; a checkpoint's states go into them."""
+        self.parts, self.alphas = parts, alphas
+        if self.checkpoint:
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(self.checkpoint["parts"][name])
+            except (RuntimeError, ValueError, LookupError) as error:
+                raise BadInput(f"--resume: the checkpoint in {self.args.out} does not fit: "
+                               f"{error}") from None
+            self.checkpoint = None
+
+    def save(self):
+        write_checkpoint(self.args.out, {
+            "method": self.method, "args": plain(self.args), "data": self.data,
+            "world_size": world_size(), "run": self.state,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()}})
+        self.saved, self.due = time.time(), False
+
+    def steps(self, epoch_steps: int):
+        """The steps that are left of the present stage: (epoch of the stage, step of the run).
+
+        After each the run is saved if an epoch or --checkpoint-minutes have passed, or if a signal
+        came, which ends it.
+        """
+        state, self.epoch_steps = self.state, epoch_steps
+        self.begin = self.lap = self.saved = time.time()
+        Signals.stepping, stage_steps = True, self.args.epochs * epoch_steps
+        try:
+            while state["step"] < (state["stage"] + 1) * stage_steps and not state["stopped"]:
+                yield state["step"] % stage_steps // epoch_steps, state["step"]
+                state["step"] += 1
+                state["seconds"] += time.time() - self.lap
+                self.lap = time.time()
+                late = self.lap - self.saved > 60 * self.args.checkpoint_minutes
+                if self.due or late or (Signals.number and not rank()):
+                    self.save()
+                if Signals.number and not rank():
+                    sys.stderr.write(f"stopped after step {state['step']}; --resume goes on\n")
+                    sys.exit(128 + Signals.number)
+        finally:
+            Signals.stepping = False
+
+    def at(self, learner: str) -> str:
+        """Where the run is, for an error message."""
+        return f"{learner} (stage {self.state['stage'] + 1}, step {self.state['step'] + 1})"
+
+    def log(self, **figures: Tensor) -> bool:
+        """Add a step's figures to the epoch's sums and print them now and then. Returns whether
+        this was the epoch's last step."""
+        args, state, i = self.args, self.state, self.state["step"] % self.epoch_steps + 1
+        values = torch.stack([value.detach().double() for value in figures.values()])
+        if world_size() > 1:
+            values = reduce([values.float()], 1 / world_size())[0]
+        for name, value in zip(figures, values.tolist()):
+            state["sums"][name] = state["sums"].get(name, 0.0) + value
+        self.done += 1
+        if self.done == 1:
+            print(f"peak memory {peak_memory(values.device):.0f} MiB after the first step")
+        if i % args.log_every == 0 or i == self.epoch_steps:
+            spent = (time.time() - self.begin) / self.done
+            stages = len(getattr(args, "candidates", [0]))
+            left = stages * args.epochs * self.epoch_steps - state["step"] - 1
+            words = "  ".join(f"{name.replace('_', ' ')} {value:.3f}"
+                              for name, value in zip(figures, values.tolist()))
+            print(f"epoch {state['step'] // self.epoch_steps + 1}/{stages * args.epochs} "
+                  f"step {i}/{self.epoch_steps}  {words}  {args.batch_size / spent:.1f} images/s  "
+                  f"left {timedelta(seconds=round(spent * left))}", flush=True)
+        return i == self.epoch_steps
+
+    def end_epoch(self, **figures):
+        """Write what an epoch leaves behind: the line in the log, a search's cell and its drawing.
+        The checkpoint comes last, after the step, so that an interruption repeats what is here."""
+        args, state, alphas = self.args, self.state, self.alphas
+        line = {"epoch": len(state["history"]) + 1}
+        line |= {name: value / self.epoch_steps for name, value in state["sums"].items()} | figures
+        for name, value in line.items():
+            if not math.isfinite(value):
+                raise NotFinite(self.at(f"{name} is {value}: the run"))
+        line["seconds"] = state["seconds"] + time.time() - self.lap
+        if alphas and 0 < args.stop_at_skips <= skip_connections(alphas):
+            state["stopped"] = (f"the normal cell has {skip_connections(alphas)} skip connections, "
+                                f"--stop-at-skips is {args.stop_at_skips}")
+            line["stopped"] = state["stopped"]
+            print("the search ends here:", state["stopped"])
+        print(" ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "stopped"), flush=True)
+        self.lap, self.due = time.time(), True
+        state |= dict(sums={}, seconds=0.0, history=[*state["history"], line])
+        write(args.out / "log.jsonl", "".join(json.dumps(each) + "\n" for each in
+                                              state["history"]))
+        if alphas:
+            cell = decode(alphas, args.max_skips)
+            write(args.out / "genotype.json", to_json(cell))
+            write(args.out / "cells.svg", to_svg(cell, f"{args.out.name}, epoch {line['epoch']}"))
+
+
+def peak_memory(device) -> float:
+    """The largest memory so far, in MiB: a GPU's by torch, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
 
 def print_next(args, dataset: str):
     """The command that evaluates what a search found."""
     parts = ["python evaluate.py --arch", shlex.quote(f"{args.out}/genotype.json"),
              "--dataset", shlex.quote(dataset)]
-    if dataset in ("cifar10", "cifar100", "folder"):              # the others name their place
+    if dataset in ("cifar10", "cifar100", "folder", "imagenet"):  # the others name their place
         parts.append(f"--data {shlex.quote(str(args.data))}")
     parts += [f"--image-size {args.image_size}"] if args.image_size else []
     parts += [f"--hold-out {args.hold_out}"] if args.hold_out else []
@@ -673,13 +1414,30 @@ def write_pictures(path: Path, rows: dict, size: int = 96):
             canvas.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y + 24))
             draw.text((x, y + 27 + size), caption, "black", ImageFont.load_default(13))
         y += height
-    canvas.save(path, "PNG")
+    content = io.BytesIO()
+    canvas.save(content, "PNG")
+    write(path, content.getvalue())
 
 
 def run(main, argv=None):
-    """main(argv), with bad input reported as one line and exit code 2."""
-    try:
-        main(argv)
-    except BadInput as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+    """main(argv), where bad input ends in one line and exit code 2, and what goes wrong later in
+    one line and exit code 1."""
+    def end(code, message):
+        if code == 1 or os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
+        sys.exit(Signals.number + 128 if Signals.number else code)
+
+    with Signals.caught():
+        try:
+            main(argv)
+        except BadInput as error:
+            end(2, error)
+        except (NotFinite, Gone, OSError) as error:
+            end(1, error)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and (
+                    "allocate memory" not in str(error)):
+                raise
+            end(1, f"out of memory: lower --batch-size, --channels or --layers ({error})")
+    if dist.is_initialized():
+        dist.destroy_process_group()

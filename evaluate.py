@@ -1,21 +1,22 @@
 """Train a network of stacked cells from scratch and test it once: the evaluation of a found cell.
 
 CIFAR: 20 cells, C 36, 600 epochs, cutout, auxiliary head, drop-path (DARTS §A.2, Skillearn
-§3.2.2); the result is the test error after the last epoch. ImageNet's network: 14 cells, C 48.
+§3.2.2); the result is the test error after the last epoch. ImageNet: 14 cells, C 48, 250 epochs,
+label smoothing, warm-up and linear decay. Several GPUs: DataParallel in one process, or
+DistributedDataParallel under torchrun; --batch-size is the whole batch in either.
 
     python evaluate.py --arch LPT_PDARTS --dataset cifar100
     python evaluate.py --arch runs/lpt-cifar100-1/genotype.json --dataset cifar100
     python evaluate.py --arch random:1 --dataset cifar100         # the baseline to beat
     python evaluate.py --arch LPT_PDARTS --dataset imagenet --count-params
+    torchrun --nproc-per-node 8 evaluate.py --arch LPT_PDARTS --dataset imagenet --data DIR
 """
 
-import argparse
 import json
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.ops import stochastic_depth
@@ -80,10 +81,7 @@ class Network(nn.Module):
         self.drop_path = 0.0
         size, reduction, self.auxiliary = image_size, imagenet, None
         if imagenet:
-            def conv(a, b):
-                return nn.Conv2d(a, b, 3, 2, 1, bias=False), BatchNorm(b)
-            self.stem0 = nn.Sequential(*conv(3, C // 2), nn.ReLU(), *conv(C // 2, C))
-            self.stem1 = nn.Sequential(nn.ReLU(), *conv(C, C))
+            self.stem0, self.stem1 = ops.imagenet_stem(C)
             C_prev_prev, C_prev, size = C, C, -(-size // 8)
         else:
             C_prev_prev = C_prev = 3 * C
@@ -118,46 +116,54 @@ def count_params(network: Network) -> float:
                if not name.startswith("auxiliary.")) / 1e6
 
 
+IMAGENET = dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5, warm_up=5,
+                decay="linear", weight_decay=3e-5, label_smoothing=0.1, cutout=0, drop_path=0.0,
+                image_size=224)                                # Skillearn §3.2.2, P-DARTS §4.3
+QUICK = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4, batch_size=50,
+             cutout=4, log_every=10)
+
+
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Train a network of stacked cells and test it once (DARTS §A.2).",
-        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
+    parser = ops.new_parser("Train a network of stacked cells and test it once (DARTS §A.2).")
+    add, real = parser.add_argument, ops.real
     add("--arch", help="a published cell (python genotypes.py --help lists them), a genotype.json "
                        "or random:SEED")
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, folder (in --data), folder:DIR, synthetic, synthetic:CLASSES")
-    add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
-    add("--image-size", type=ops.number(int, 8, 512), default=None,
-        help="resize a folder's images to this many pixels; size of synthetic ones")
-    add("--hold-out", type=ops.number(int, 0), default=0,
-        help="train on all but this many training images and test on those (lpt.py --hold-out)")
-    add("--count-params", action=yes_no, default=False, help="print the parameter count and exit")
-    # the network and its training (DARTS §A.2; Skillearn §3.2.2)
-    add("--layers", type=ops.number(int, 3), default=None, help="cells (20; ImageNet 14)")
-    add("--channels", type=ops.number(int, 2), default=None, help="C (36; ImageNet 48)")
+        help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
+    add("--count-params", action=ops.flag, default=False, help="print the parameter count and exit")
+    ops.data_arguments(parser)
+    add = parser.add_argument_group(
+        "the network and its training (DARTS §A.2; Skillearn §3.2.2); the defaults hang on "
+        "--dataset").add_argument
+    add("--layers", type=ops.number(int, 3), default=20, help="cells")
+    add("--channels", type=ops.number(int, 2), default=36, help="C of the first cell")
     add("--epochs", type=ops.number(int, 1), default=600, help="passes over the training images")
     add("--batch-size", type=ops.number(int, 2), default=96, help="of a step, over all GPUs")
-    add("--lr", type=real, default=0.025, help="SGD, cosine to 0")
+    add("--lr", type=real, default=0.025, help="SGD, to 0")
+    add("--decay", choices=("cosine", "linear"), default="cosine", help="of the learning rate")
+    add("--warm-up", type=ops.number(int, 0), default=0, help="epochs of a linear rise to --lr")
     add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="of SGD")
     add("--weight-decay", type=real, default=3e-4, help="of SGD")
     add("--grad-clip", type=real, default=5.0, help="largest gradient norm; 0: any")
+    add("--label-smoothing", type=ops.number(float, 0, 1), default=0.0, help="of the training loss")
     add("--cutout", type=ops.number(int, 0), default=16, help="side of the square cut out; 0: none")
-    add("--auxiliary", action=yes_no, default=True, help="train with the auxiliary head")
+    add("--auxiliary", action=ops.flag, default=True, help="train with the auxiliary head")
     add("--auxiliary-weight", type=real, default=0.4, help="of its loss")
     add("--drop-path", type=ops.number(float, 0, 0.99), default=None,
         help="rate that drop-path rises to, linearly over the epochs (0.3 for the published "
              "P-DARTS and PC-DARTS cells, else 0.2)")
-    # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="the papers repeat ten times")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--out", type=Path, default=None, help="run folder (default: runs/evaluate-...)")
-    add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
-    add("--log-every", type=ops.number(int, 1), default=50, help="steps between printed lines")
-    add("--quick", action=yes_no, default=False, help="a tiny run on synthetic images, 2 minutes")
-    quick = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4, batch_size=50,
-                 cutout=4, log_every=10)
-    return ops.parse(parser, argv, "evaluate", quick)
+    ops.run_arguments(parser, 50, "off or bf16", ("off", "bf16"))
+    return ops.parse(parser, argv, "evaluate", lambda chosen: (
+        (IMAGENET if chosen.dataset == "imagenet" else {}) | (QUICK if chosen.quick else {})))
+
+
+def learning_rate(args, epoch: int) -> float:
+    """Of an epoch: rising for --warm-up epochs, decaying to 0 after them as if there were none."""
+    if epoch < args.warm_up:
+        return args.lr * (epoch + 1) / args.warm_up
+    if args.decay == "linear":
+        return args.lr * (1 - epoch / args.epochs)
+    return ops.cosine(args.lr, 0, epoch, args.epochs)
 
 
 def main(argv=None):
@@ -165,35 +171,38 @@ def main(argv=None):
     if not args.arch:
         raise ops.BadInput("--arch: name a cell to evaluate")
     genotype, imagenet = genotypes.load(args.arch), args.dataset == "imagenet"
-    layers, channels = args.layers or (14 if imagenet else 20), args.channels or (
-        48 if imagenet else 36)
     if args.count_params:
         classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
         if classes is None:
             raise ops.BadInput(f"--count-params: the classes of {args.dataset} are not fixed")
-        params = count_params(Network(genotype, channels, classes, layers, False, imagenet))
+        params = count_params(Network(genotype, args.channels, classes, args.layers, False,
+                                      imagenet))
         print(json.dumps({"arch": args.arch, "dataset": args.dataset,
                           "params_M": round(params, 3)}))
         return
 
-    device = ops.pick_device(args.device)
-    data = ops.load_images(args.dataset, args.data, device, args.image_size)
-    *halves, held = ops.split_rows(len(data.labels), args.seed, args.hold_out)
+    device = ops.pick_device(args)
+    data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
+    *halves, held = ops.split_rows(data.labels, args.seed, args.hold_out)
     rows = np.sort(np.concatenate(halves))
     stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.cutout)
     test_data, test_rows = data, held
     if not args.hold_out:
-        test_data = ops.load_images(args.dataset, args.data, device, args.image_size, test=True)
+        test_data = ops.load_images(args.dataset, args.data, device, args.image_size, test=True,
+                                    workers=args.workers)
         if test_data.classes != data.classes:
             raise ops.BadInput("the test folder's classes are not the training folder's")
         test_data.mean, test_data.std = data.mean, data.std
         test_rows = range(len(test_data.labels))
+    run = ops.Run("evaluate", args, checkpoint, [data])
 
     torch.manual_seed(args.seed)
-    network = ops.place(Network(genotype, channels, len(data.classes), layers, args.auxiliary,
-                                image_size=data.images.shape[-1]), device)
-    model = network
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
+    network = model = ops.place(Network(genotype, args.channels, len(data.classes), args.layers,
+                                        args.auxiliary, imagenet, data.size[0]), device)
+    if dist.is_initialized():
+        model = nn.parallel.DistributedDataParallel(
+            network, [device] if device.type == "cuda" else None)
+    elif device.type == "cuda" and torch.cuda.device_count() > 1:
         model = nn.DataParallel(network)
     weights = list(network.parameters())
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay)
@@ -201,43 +210,39 @@ def main(argv=None):
     if drop_path is None:
         known = args.arch in genotypes.PUBLISHED
         drop_path = 0.3 if known and ("PDARTS" in args.arch or "PC_DARTS" in args.arch) else 0.2
-    parts = {"network": network, "optimizer": optimizer, "rng": ops.RandomState(device)}
-    history = ops.begin_run(args.out, parts, checkpoint)
+    run.load({"network": network, "optimizer": optimizer})
     params = count_params(network)
     print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
 
-    steps, begin, done = stream.epoch_steps(), time.time(), 0
-    for epoch in range(len(history), args.epochs):
-        optimizer.param_groups[0]["lr"] = ops.cosine(args.lr, 0, epoch, args.epochs)
+    for epoch, step in run.steps(stream.epoch_steps()):
+        optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         network.drop_path = drop_path * epoch / args.epochs
-        sums, epoch_begin = torch.zeros(2, device=device), time.time()
-        for i in range(1, steps + 1):
-            x, y, _ = stream(epoch * steps + i - 1)
+        x, y, _ = stream(step)
+        ops.seed_all(args.seed, step, ops.rank())                 # drop-path draws from here
+        with ops.autocast(device, args.amp == "bf16"):
             logits, auxiliary = model(x)
-            loss = F.cross_entropy(logits, y)
-            total = loss if auxiliary is None else (
-                loss + args.auxiliary_weight * F.cross_entropy(auxiliary, y))
-            ops.descend(optimizer, weights, ops.grad(total, weights), args.grad_clip)
-            sums += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()])
-            done += 1
-            if i % args.log_every == 0 or i == steps:
-                pace = ops.pace(begin, done, (args.epochs - epoch) * steps - i, args.batch_size)
-                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  loss {loss:.3f}  {pace}",
-                      flush=True)
-        train_loss, train_accuracy = (sums / steps).tolist()
-        history.append({"epoch": epoch + 1, "train_loss": train_loss,
-                        "train_accuracy": train_accuracy, "seconds": time.time() - epoch_begin})
-        ops.write_epoch(args, "evaluate", history, parts)
+            loss = total = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+            if auxiliary is not None:
+                total = loss + args.auxiliary_weight * F.cross_entropy(
+                    auxiliary, y, label_smoothing=args.label_smoothing)
+        total.backward()                                          # averaged by the wrapper
+        ops.descend(optimizer, weights, [w.grad for w in weights], args.grad_clip,
+                    run.at("the network"), total)
+        if run.log(train_loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean()):
+            run.end_epoch()
 
-    network.eval()
-    error = 100 * (1 - ops.accuracy(lambda x: model(x)[0], test_data, test_rows, args.batch_size))
-    result = {"arch": args.arch, "dataset": args.dataset, "test_error": round(error, 4),
-              "test_images": len(test_rows), "params_M": round(params, 3), "epochs": args.epochs,
-              "seed": args.seed, "drop_path": drop_path, "train_loss": history[-1]["train_loss"],
+    ops.evaluating(network)
+    with ops.autocast(device, args.amp == "bf16"):
+        top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size)
+    history = run.state["history"]
+    result = {"arch": args.arch, "dataset": args.dataset, "test_error": round(100 * (1 - top1), 4),
+              "top5_error": round(100 * (1 - top5), 4), "test_images": len(test_rows),
+              "params_M": round(params, 3), "epochs": args.epochs, "seed": args.seed,
+              "drop_path": drop_path, "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
-    print(f"test error {error:.2f}% after the last epoch, on {len(test_rows)} images; "
-          f"{args.out}/result.json")
+    print(f"test error {100 * (1 - top1):.2f}% (top 5: {100 * (1 - top5):.2f}%) after the last "
+          f"epoch, on {len(test_rows)} images; {args.out}/result.json")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,7 @@ Departures from the printed equations:
 3. The step is the actual optimizer's, before clipping: momentum and weight decay included.
 """
 
-import argparse
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -114,13 +111,13 @@ def outer_gradient(stages, alphas, grads, train, val, lam, step="proximal", orde
     return g_alpha, total
 
 
-def update_weights(stages, grads, lam, step, clip=None):
+def update_weights(stages, grads, lam, step, clip=None, at="{}".format, losses=None):
     """Every stage's step, in order; each is pulled towards the one before it.     # IL Eq. 33-36"""
     before = None
     for l, (stage, g) in enumerate(zip(stages, grads)):
         w = list(stage.net.parameters())
         old = [t.detach().clone() for t in w]
-        descend(stage.opt, w, g, clip)
+        descend(stage.opt, w, g, clip, at(f"learner {l + 1}"), losses and losses[l])
         pull, gain = coupling(stage.opt.param_groups[0]["lr"], lam, step, l == 0)
         if pull:
             with torch.no_grad():
@@ -129,49 +126,19 @@ def update_weights(stages, grads, lam, step, clip=None):
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Search a cell by Interleaving Learning (arXiv 2012.04863, Algorithm 3).",
-        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
+    parser = ops.new_parser("Search a cell by Interleaving Learning (arXiv 2012.04863).")
+    add = parser.add_argument
     add("--tasks", type=ops.dataset_name, nargs="+", default=["cifar100", "cifar10"],
-        help="in their order: cifar10, cifar100, folder:DIR, synthetic or synthetic:CLASSES "
-             "(§4.3.1)")
-    add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes")
-    add("--image-size", type=ops.number(int, 8, 512), default=None,
-        help="resize a folder's images to this many pixels; size of synthetic ones")
-    add("--hold-out", type=ops.number(int, 0), default=0,
-        help="training images of each task kept for evaluate.py to test on")
-    # the method
+        help="in their order: cifar10, cifar100, folder:DIR, synthetic[:CLASSES] (§4.3.1)")
     add("--rounds", type=ops.number(int, 1), default=2, help="M (§4.3.1)")
-    add("--coupling", dest="lam", type=real, default=100.0, help="lambda (beta in §4.3.1)")
+    add("--coupling", dest="lam", type=ops.real, default=100.0, help="lambda (beta in §4.3.1)")
     add("--step", choices=("proximal", "printed"), default="proximal",
         help="of the coupled weights; printed: Eq. 35, which needs 2 eta lambda < 1")
-    add("--joint", action=yes_no, default=False, help="the baseline JL: one round, no coupling")
-    add("--order", type=int, choices=(1, 2), default=2, help="1: no sweep (DARTS §2.3)")
-    add("--radius", type=ops.number(float, 1e-12), default=1e-2,
-        help="of the central differences: eps = radius / |v| (DARTS Eq. 8)")
-    # the learners (§4.3.1; DARTS §A.1)
-    add("--layers", type=ops.number(int, 3), default=8, help="cells")
-    add("--channels", type=ops.number(int, 2), default=16, help="C of the first cell")
-    add("--epochs", type=ops.number(int, 1), default=50, help="passes over the largest task's half")
-    add("--batch-size", type=ops.number(int, 2), default=64, help="of every stream")
-    add("--lr", type=real, default=0.025, help="of W and H, cosine")
-    add("--lr-min", type=real, default=0.001, help="where the cosine ends")
-    add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="of W and H")
-    add("--weight-decay", type=real, default=3e-4, help="of W and H")
-    add("--grad-clip", type=real, default=5.0, help="largest gradient norm of a stage; 0: any")
-    add("--alpha-lr", type=real, default=3e-5, help="of A, Adam (0.5, 0.999); DARTS has 3e-4")
-    add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
-    # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="of everything random")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--out", type=Path, default=None, help="run folder (default: runs/il-TASKS-SEED)")
-    add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
-    add("--log-every", type=ops.number(int, 1), default=10, help="steps between printed lines")
-    add("--quick", action=yes_no, default=False, help="a tiny run on synthetic images, 2 minutes")
-    quick = dict(tasks=["synthetic:10", "synthetic:5"], image_size=16, layers=3, channels=4,
-                 epochs=2, batch_size=80)
-    args, checkpoint = ops.parse(parser, argv, "il", quick)
+    add("--joint", action=ops.flag, default=False, help="the baseline JL: one round, no coupling")
+    ops.search_arguments(parser)
+    args, checkpoint = ops.parse_search(parser, argv, "il", {                      # §4.3.1
+        "darts-2nd": {"alpha_lr": 3e-5}, "pdarts": {"batch_size": 64},
+        "pcdarts": {"alpha_lr": 3e-3}})
     if args.step == "printed" and not args.joint and 2 * max(args.lr, args.lr_min) * args.lam >= 1:
         raise ops.BadInput(f"--step printed diverges: 2 eta lambda = "
                            f"{2 * max(args.lr, args.lr_min) * args.lam:g} must stay below 1; lower "
@@ -181,79 +148,63 @@ def get_args(argv=None):
 
 def main(argv=None):
     args, checkpoint = get_args(argv)
-    device = ops.pick_device(args.device)
-    tasks = [ops.load_images(task, args.data, device, args.image_size) for task in args.tasks]
-    if len({data.images.shape[2:] for data in tasks}) > 1:
+    device = ops.pick_device(args)
+    tasks = [ops.load_images(task, args.data, device, args.image_size, workers=args.workers)
+             for task in args.tasks]
+    if len({data.size for data in tasks}) > 1:
         raise ops.BadInput("--tasks: the images must have one size, not " + ", ".join(
-            "{} x {} ({})".format(*data.images.shape[2:], name)
-            for name, data in zip(args.tasks, tasks))
+            "{} x {} ({})".format(*data.size, name) for name, data in zip(args.tasks, tasks))
             + "; --image-size resizes folders and synthetic images")
     rounds, lam = (1, 0.0) if args.joint else (args.rounds, args.lam)              # IL Eq. 38
-    halves = [ops.split_rows(len(data.labels), args.seed, args.hold_out) for data in tasks]
+    halves = [ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets) for data in tasks]
     K = len(tasks)
-    order = [k for _ in range(rounds) for k in range(K)]                      # IL Eq. 28
+    order = [k for _ in range(rounds) for k in range(K)]                           # IL Eq. 28
     train_streams = [ops.Stream(tasks[k], halves[k][0], args.batch_size, args.seed, f"train {l}")
                      for l, k in enumerate(order)]
     val_streams = [ops.Stream(data, half[1], args.batch_size, args.seed, f"val {k}")
                    for k, (data, half) in enumerate(zip(tasks, halves))]
+    run = ops.Run("il", args, checkpoint, tasks)
 
-    torch.manual_seed(args.seed)
-    nets = [ops.place(ops.Supernet(args.channels, len(tasks[k].classes), args.layers), device)
-            for k in order]
-    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
-    stages = [Stage(k, net, torch.optim.SGD(net.parameters(), args.lr, **sgd))
-              for k, net in zip(order, nets)]
-    alphas = ops.initial_alphas(device)
-    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
-                                 weight_decay=args.alpha_weight_decay)
-
-    parts = {"nets": nn.ModuleList(nets), "outer": nn.ParameterList(alphas), "alpha_opt": alpha_opt,
-             **{f"opt {l}": stage.opt for l, stage in enumerate(stages)}}
-    history = ops.begin_run(args.out, parts, checkpoint)
-
-    steps = max(stream.epoch_steps() for stream in train_streams)
-    begin, done = time.time(), 0
-    for epoch in range(len(history), args.epochs):
-        for stage in stages:
-            stage.opt.param_groups[0]["lr"] = ops.cosine(args.lr, args.lr_min, epoch, args.epochs)
-        sums, epoch_begin = torch.zeros(2, device=device), time.time()
-        for i in range(1, steps + 1):
-            step = epoch * steps + i - 1
+    for stage in run.stages():             # of the base: several in P-DARTS, with new learners
+        nets, opts, alphas, alpha_opt = ops.new_stage(
+            args, stage, run.state["kept"], [len(tasks[k].classes) for k in order], device)
+        stages = [Stage(k, net, opt) for k, net, opt in zip(order, nets, opts)]
+        run.load({"nets": nn.ModuleList(nets), "outer": nn.ParameterList(alphas),
+                  "alpha_opt": alpha_opt, **{f"opt {l}": opt for l, opt in enumerate(opts)}},
+                 alphas)
+        for epoch, step in run.steps(max(stream.epoch_steps() for stream in train_streams)):
+            learns = ops.schedule(args, stage, epoch, step, nets, opts)
             train = [stream(step)[:2] for stream in train_streams]
             val = [stream(step)[:2] for stream in val_streams]
 
             # Algorithm 3, 1. to 4.: the stages' gradients                         # IL Eq. 33-36
             losses, grads = [], []
-            for stage, (x, y) in zip(stages, train):
-                loss = F.cross_entropy(stage.net(x, alphas), y)
-                grads.append(grad(loss, list(stage.net.parameters())))
+            for learner, (x, y) in zip(stages, train):
+                with ops.autocast(device, args.amp != "off"):
+                    loss = F.cross_entropy(learner.net(x, alphas), y)
+                grads.append(grad(loss, list(learner.net.parameters())))
                 losses.append(loss.detach())
 
             # 5. A's gradient, through the steps that the stages are about to take   # IL Eq. 37
-            g_alpha, val_loss = outer_gradient(stages, alphas, grads, train, val, lam, args.step,
-                                               args.order, args.radius)
-            update_weights(stages, grads, lam, args.step, args.grad_clip)
-            descend(alpha_opt, alphas, g_alpha)
+            if learns:
+                with ops.autocast(device, args.amp == "bf16-all"):
+                    g_alpha, val_loss = outer_gradient(stages, alphas, grads, train, val, lam,
+                                                       args.step, args.order, args.radius)
+            update_weights(stages, grads, lam, args.step, args.grad_clip, run.at, losses)
+            if learns:
+                descend(alpha_opt, alphas, g_alpha, None, run.at("the architecture"), val_loss)
 
-            loss = torch.stack(losses).mean()
-            sums += torch.stack([loss, val_loss / K])
-            done += 1
-            if i % args.log_every == 0 or i == steps:
-                pace = ops.pace(begin, done, (args.epochs - epoch) * steps - i, args.batch_size)
-                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  train loss {loss:.3f}  "
-                      f"val loss {val_loss / K:.3f}  {pace}", flush=True)
-
-        train_loss, val_loss = (sums / steps).tolist()
-        history.append({"epoch": epoch + 1, "train_loss": train_loss, "val_loss": val_loss,
-                        **ops.architecture_report(alphas)})
-        for stage in stages[-K:]:
-            stage.net.eval()
-            history[-1][f"val_accuracy {args.tasks[stage.task]}"] = ops.accuracy(
-                lambda x: stage.net(x, alphas), tasks[stage.task], halves[stage.task][1],
-                args.batch_size)
-            stage.net.train()
-        history[-1]["seconds"] = time.time() - epoch_begin
-        ops.write_epoch(args, "il", history, parts, alphas)
+            figures = {"val_loss": val_loss / K} if learns else {}
+            if not run.log(train_loss=torch.stack(losses).mean(), **figures):
+                continue
+            accuracies = {}
+            for learner in stages[-K:]:
+                ops.evaluating(learner.net)
+                accuracies[f"val_accuracy {args.tasks[learner.task]}"] = ops.accuracy(
+                    lambda x: learner.net(x, alphas), tasks[learner.task], halves[learner.task][1],
+                    args.batch_size)
+                learner.net.train()
+            run.end_epoch(**ops.architecture_report(alphas), **accuracies)
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     for task in args.tasks:

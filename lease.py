@@ -31,10 +31,7 @@ Departures from the printed equations:
 7. x in delta' . x is the normalised image, as the networks see it.
 """
 
-import argparse
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,7 +65,8 @@ def explain(explainer, alphas, e, x, delta):
                                                                        # LeaSE Eq. 7, departure 1-3
     """
     delta = delta.detach().requires_grad_()
-    g, = grad(explanation_objective(explainer, alphas, [t.detach() for t in e], x, delta), [delta])
+    spread = explanation_objective(explainer, alphas, [t.detach() for t in e], x, delta)
+    g, = grad(spread, [delta], per_image=True)
     norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     xi = torch.where(norm > 0, x[0].numel() ** 0.5 / norm, 0)
     return (delta + xi * g).detach(), xi
@@ -140,7 +138,8 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
 
         def grad_delta(w):                                                    # LeaSE Eq. 12, 13
             at = ahead.explanation.clone().requires_grad_()
-            return grad(audience_loss(lambda x: call(m.audience, w, x), at, x, y, weighting), [at])
+            loss = audience_loss(lambda x: call(m.audience, w, x), at, x, y, weighting)
+            return grad(loss, [at], per_image=True)
 
         xi_w = m.audience_opt.param_groups[0]["lr"]
         v_delta, = (-xi_w * p for p in central_difference(grad_delta, w, v_w, radius))
@@ -148,7 +147,8 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
         def grad_alpha_e(at):                                                 # LeaSE Eq. 14, 15
             return grad(explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0]), wanted)
 
-        parts = central_difference(grad_alpha_e, [delta], [ahead.xi * v_delta], radius)
+        parts = central_difference(grad_alpha_e, [delta], [ahead.xi * v_delta], radius,
+                                   per_image=True)
         share = torch.cat(parts[:len(m.alphas)]).norm() / torch.cat(g_alpha).norm()
         g_alpha = [g + p for g, p in zip(g_alpha, parts[:len(m.alphas)])]           # departure 4
         v_e = [v + p for v, p in zip(v_e, parts[len(m.alphas):])]
@@ -164,62 +164,33 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Search a cell by Learning by Self-Explanation (arXiv 2012.12899).",
-        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
+    parser = ops.new_parser("Search a cell by Learning by Self-Explanation (arXiv 2012.12899).")
+    add = parser.add_argument
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, folder (in --data), folder:DIR, synthetic, synthetic:CLASSES")
-    add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
-    add("--image-size", type=ops.number(int, 8, 512), default=None,
-        help="resize a folder's images to this many pixels; size of synthetic ones")
-    add("--hold-out", type=ops.number(int, 0), default=0,
-        help="training images kept for evaluate.py to test on")
-    # the method
+        help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
     add("--audience", choices=("resnet18", "resnet50"), default="resnet18", help="W's (§3.2)")
-    add("--order", type=int, choices=(1, 2), default=2, help="1: xi_e = 0 (DARTS §2.3)")
-    add("--gamma", type=real, default=1.0, help="weight of the audience's validation (§3.2)")
+    add("--gamma", type=ops.real, default=1.0, help="weight of the audience's validation (§3.2)")
     add("--weighting", choices=("signed", "magnitude"), default="signed",
         help="the audience sees delta' . x as printed, or |delta'| . x")
     add("--delta-scale", type=ops.number(float, 1e-12), default=1e-2,
         help="root-mean-square of the random start of delta (departure 2)")
-    add("--radius", type=ops.number(float, 1e-12), default=1e-2,
-        help="of the central differences: eps = radius / |v| (below Eq. 11)")
-    # the learners (§3.2; DARTS §A.1)
-    add("--layers", type=ops.number(int, 3), default=8, help="cells")
-    add("--channels", type=ops.number(int, 2), default=16, help="C of the first cell")
-    add("--epochs", type=ops.number(int, 1), default=50, help="passes over the training half")
-    add("--batch-size", type=ops.number(int, 2), default=64, help="of both streams")
-    add("--lr", type=real, default=0.025, help="of E, cosine")
-    add("--lr-min", type=real, default=0.001, help="where E's cosine ends")
-    add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="of E and W")
-    add("--weight-decay", type=real, default=3e-4, help="of E and W")
-    add("--grad-clip", type=real, default=5.0, help="largest gradient norm of E; 0: any")
-    add("--alpha-lr", type=real, default=3e-4, help="of A, Adam (0.5, 0.999)")
-    add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
-    add("--audience-lr", type=real, default=0.025, help="of W, cosine to 0")
-    # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="the paper has 1 to 10")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--out", type=Path, default=None, help="run folder (default: runs/lease-DATASET-SEED)")
-    add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
-    add("--log-every", type=ops.number(int, 1), default=10, help="steps between printed lines")
-    add("--quick", action=yes_no, default=False, help="a tiny run on synthetic images, 2 minutes")
-    quick = dict(dataset="synthetic", image_size=16, layers=3, channels=4, epochs=2, batch_size=50)
-    return ops.parse(parser, argv, "lease", quick)
+    add("--audience-lr", type=ops.real, default=0.025, help="of W, cosine to 0 (§3.2)")
+    ops.search_arguments(parser)
+    return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}})    # §3.2
 
 
 def random_delta(shape, seed, step, scale, device):
-    """The start of the perturbations, a pure function of (seed, step)."""
-    draw = np.random.default_rng([seed, 0xDE17A, step]).standard_normal(shape, np.float32)
-    return torch.from_numpy(draw).mul_(scale).to(device)
+    """The start of the perturbations, a pure function of (seed, step, rank)."""
+    rng = np.random.default_rng([seed, 0xDE17A, step, ops.rank()])
+    return torch.from_numpy(rng.standard_normal(shape, np.float32)).mul_(scale).to(device)
 
 
 def write_explanations(path, data, rows, maps):
     """explanations.png: the images, and per epoch in maps {epoch: (N, H, W)} |delta'| as heat, by
     itself and laid over the grey image."""
-    images = data.images[rows].cpu()
-    pictures = {"Images": [(image, data.classes[y]) for image, y in zip(images, data.labels[rows])]}
+    images = data.pixels(rows).cpu()
+    labels = data.labels[rows.cpu()]
+    pictures = {"Images": [(image, data.classes[y]) for image, y in zip(images, labels)]}
     for epoch, heat in maps.items():
         top = heat.flatten(1).quantile(0.99, 1).view(-1, 1, 1).clamp_min(1e-12)
         h = (3 * heat / top).cpu()                            # black, red, yellow, white
@@ -233,80 +204,73 @@ def write_explanations(path, data, rows, maps):
 
 def main(argv=None):
     args, checkpoint = get_args(argv)
-    device = ops.pick_device(args.device)
-    data = ops.load_images(args.dataset, args.data, device, args.image_size)
-    train_rows, val_rows, _ = ops.split_rows(len(data.labels), args.seed, args.hold_out)
+    device = ops.pick_device(args)
+    data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
+    train_rows, val_rows, _ = ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets)
     train_stream = ops.Stream(data, train_rows, args.batch_size, args.seed, "train")
     val_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "val")
+    run = ops.Run("lease", args, checkpoint, [data])
 
     torch.manual_seed(args.seed)
     num_classes = len(data.classes)
-    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
-    explainer = ops.place(ops.Supernet(args.channels, num_classes, args.layers), device)
-    alphas = ops.initial_alphas(device)
-    explainer_opt = torch.optim.SGD(explainer.parameters(), args.lr, **sgd)
-    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
-                                 weight_decay=args.alpha_weight_decay)
     audience = ops.place(torchvision.models.get_model(args.audience, weights=None,
                                                       num_classes=num_classes), device)
-    audience_opt = torch.optim.SGD(audience.parameters(), args.audience_lr, **sgd)
-    m = Learners(explainer, alphas, explainer_opt, audience, audience_opt)
     w = list(audience.parameters())
-
+    audience_opt = torch.optim.SGD(w, args.audience_lr, args.momentum,
+                                   weight_decay=args.weight_decay)
     shown = torch.as_tensor(train_rows[:8], device=device)               # in explanations.png
-    early = nn.Parameter(torch.zeros(len(shown), *data.images.shape[2:], device=device), False)
-    parts = {"explainer": explainer, "outer": nn.ParameterList([*alphas, early]),
-             "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
-             "audience_opt": audience_opt}
-    history = ops.begin_run(args.out, parts, checkpoint)
+    early = nn.Parameter(torch.zeros(len(shown), *data.size, device=device), False)
 
-    steps, begin, done = train_stream.epoch_steps(), time.time(), 0
-    for epoch in range(len(history), args.epochs):
-        explainer_opt.param_groups[0]["lr"] = ops.cosine(args.lr, args.lr_min, epoch, args.epochs)
-        audience_opt.param_groups[0]["lr"] = ops.cosine(args.audience_lr, 0, epoch, args.epochs)
-        sums, epoch_begin = torch.zeros(4, device=device), time.time()
-        for i in range(1, steps + 1):
-            step = epoch * steps + i - 1
+    for stage in run.stages():                                 # several in P-DARTS: a new explainer
+        (explainer,), (explainer_opt,), alphas, alpha_opt = ops.new_stage(
+            args, stage, run.state["kept"], [num_classes], device)
+        e = list(explainer.parameters())
+        m = Learners(explainer, alphas, explainer_opt, audience, audience_opt)
+        run.load({"explainer": explainer, "outer": nn.ParameterList([*alphas, early]),
+                  "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
+                  "audience_opt": audience_opt}, alphas)
+        steps = train_stream.epoch_steps()
+        for epoch, step in run.steps(steps):
+            learns = ops.schedule(args, stage, epoch, step, [explainer], [explainer_opt])
+            audience_opt.param_groups[0]["lr"] = ops.cosine(args.audience_lr, 0, step // steps,
+                                                            len(args.layers) * args.epochs)
             train, val = train_stream(step)[:2], val_stream(step)[:2]
             delta = random_delta(train[0].shape, args.seed, step, args.delta_scale, device)
+            figures = {}
 
             # Algorithm 1, 1. and 2.: the steps that E, Delta and W are about to take
-            ahead = look_ahead(m, train, delta, args.weighting, args.order,
-                               lambda x: explainer(x, alphas), audience)           # LeaSE Eq. 6-8
+            with ops.autocast(device, args.amp != "off"):
+                ahead = look_ahead(m, train, delta, args.weighting, args.order,
+                                   lambda x: explainer(x, alphas), audience)       # LeaSE Eq. 6-8
             # 3. A's gradient, through those steps                               # LeaSE Eq. 9-17
-            g_alpha, val_loss, share = outer_gradient(m, train, val, delta, ahead, args.gamma,
-                                                      args.weighting, args.order, args.radius)
-            descend(explainer_opt, list(explainer.parameters()), ahead.grads_e, args.grad_clip)
-            descend(audience_opt, w, ahead.grads_w)
-            descend(alpha_opt, alphas, g_alpha)
-
+            if learns:
+                with ops.autocast(device, args.amp == "bf16-all"):
+                    g_alpha, val_loss, share = outer_gradient(
+                        m, train, val, delta, ahead, args.gamma, args.weighting, args.order,
+                        args.radius)
+                figures = {"val_loss": val_loss, "audience_share": share}
             loss, heard = ahead.losses
-            sums += torch.stack([loss, heard, val_loss, share])
-            done += 1
-            if i % args.log_every == 0 or i == steps:
-                pace = ops.pace(begin, done, (args.epochs - epoch) * steps - i, args.batch_size)
-                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  train loss {loss:.3f}  "
-                      f"audience loss {heard:.3f}  val loss {val_loss:.3f}  {pace}", flush=True)
+            descend(explainer_opt, e, ahead.grads_e, args.grad_clip, run.at("the explainer"), loss)
+            descend(audience_opt, w, ahead.grads_w, None, run.at("the audience"), heard)
+            if learns:
+                descend(alpha_opt, alphas, g_alpha, None, run.at("the architecture"), val_loss)
 
-        explainer.eval()
-        train_loss, heard, val_loss, share = (sums / steps).tolist()
-        history.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "audience_loss": heard,
-            "val_loss": val_loss, "audience_share": share, **ops.architecture_report(alphas),
-            "val_accuracy": ops.accuracy(lambda x: explainer(x, alphas), data, val_rows,
-                                         args.batch_size),
+            if not run.log(train_loss=loss, audience_loss=heard, **figures):
+                continue
+            ops.evaluating(explainer)
+            accuracy = ops.accuracy(lambda x: explainer(x, alphas), data, val_rows, args.batch_size)
             # by the batches' statistics: the running ones are of explanations, not of images
-            "audience_val_accuracy": ops.accuracy(lambda x: call(audience, w, x), data, val_rows,
-                                                  args.batch_size),
-            "seconds": time.time() - epoch_begin})
-        x = data.batch(shown)
-        delta = random_delta(x.shape, args.seed, 0, args.delta_scale, device)
-        heat = explain(explainer, alphas, list(explainer.parameters()), x, delta)[0].abs().mean(1)
-        explainer.train()
-        if epoch == 0:
-            early.copy_(heat)
-        write_explanations(args.out / "explanations.png", data, shown, {1: early, epoch + 1: heat})
-        ops.write_epoch(args, "lease", history, parts, alphas)
+            heard = ops.accuracy(lambda x: call(audience, w, x), data, val_rows, args.batch_size)
+            x = data.batch(shown)
+            delta = random_delta(x.shape, args.seed, 0, args.delta_scale, device)
+            heat = explain(explainer, alphas, e, x, delta)[0].abs().mean(1)
+            explainer.train()
+            run.end_epoch(**ops.architecture_report(alphas), val_accuracy=accuracy,
+                          audience_val_accuracy=heard)
+            if step < steps:
+                early.copy_(heat)
+            write_explanations(args.out / "explanations.png", data, shown,
+                               {1: early, step // steps + 1: heat})
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     ops.print_next(args, args.dataset)

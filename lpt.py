@@ -29,10 +29,7 @@ Departures from the printed equations:
    optimizer. Ablation 2 keeps gamma, which Eq. 26 leaves out: at 1 it is the same.
 """
 
-import argparse
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -40,7 +37,7 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import call, central_difference, descend, grad, virtual_weights
+from darts_ops import call, central_difference, descend, grad, total, virtual_weights
 
 
 class Tester(nn.Module):
@@ -118,7 +115,7 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
     losses = F.cross_entropy(call(m.testee, w_virtual or [p.detach() for p in w], x_bank, m.alphas),
                              y_bank, reduction="none")                               # LPT Eq. 8
     f = selection(m.creator, features, rows)
-    difficulty = (f * losses).sum() / f.sum()                                     # LPT Eq. 9, 14
+    difficulty = total((f * losses).sum()) / total(f.sum())                       # LPT Eq. 9, 14
     parts = (m.alphas, m.creator, w_virtual, ex_virtual)
     grads = iter(grad(difficulty - lam * meaning, [t for part in parts for t in part]))
     g_alpha, g_creator, v, u = ([next(grads) for _ in part] for part in parts)
@@ -146,53 +143,34 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Search a cell by Learning by Passing Tests (arXiv 2012.04863, Algorithm 2).",
-        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, yes_no, real = parser.add_argument, argparse.BooleanOptionalAction, ops.number(float, 0)
+    parser = ops.new_parser("Search a cell by Learning by Passing Tests (arXiv 2012.04863).")
+    add, real = parser.add_argument, ops.real
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, folder (in --data), folder:DIR, synthetic, synthetic:CLASSES")
-    add("--data", type=Path, default=Path("data"), help="where CIFAR is or goes; the folder's root")
-    add("--image-size", type=ops.number(int, 8, 512), default=None,
-        help="resize a folder's images to this many pixels; size of synthetic ones")
-    add("--hold-out", type=ops.number(int, 0), default=0,
-        help="training images kept for evaluate.py to test on; the lambda study has 5000 (§3.2.4)")
-    # the method
+        help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
     add("--encoder", choices=("resnet18", "resnet50"), default="resnet18", help="E (§3.2.2)")
-    add("--order", type=int, choices=(1, 2), default=2, help="1: xi = 0 for A (DARTS §2.3)")
     add("--lambda", dest="lam", type=real, default=1.0, help="weight of meaningfulness (§3.2.2)")
     add("--gamma", type=real, default=1.0, help="weight of the created test in stage II (§3.2.2)")
     add("--ablation", type=int, choices=(0, 1, 2), default=0,
         help="1: a selection scalar per bank image, no tester (Eq. 25); 2: the tester learns from "
              "the created test alone (Eq. 26)")
-    add("--radius", type=ops.number(float, 1e-12), default=1e-2,
-        help="of the central differences: eps = radius / |v| (below Eq. 17)")
-    # the learners (§3.2.2; DARTS §A.1)
-    add("--layers", type=ops.number(int, 3), default=8, help="cells")
-    add("--channels", type=ops.number(int, 2), default=16, help="C of the first cell")
-    add("--epochs", type=ops.number(int, 1), default=50, help="passes over the training half")
-    add("--batch-size", type=ops.number(int, 2), default=64, help="of each of the three streams")
-    add("--lr", type=real, default=0.025, help="of W, cosine")
-    add("--lr-min", type=real, default=0.001, help="where W's cosine ends")
-    add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="of W, E and X")
-    add("--weight-decay", type=real, default=3e-4, help="of W, E and X")
-    add("--grad-clip", type=real, default=5.0, help="largest gradient norm of W; 0: any")
-    add("--alpha-lr", type=real, default=3e-4, help="of A, Adam (0.5, 0.999)")
-    add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
-    add("--tester-lr", type=real, default=0.025, help="of E and X, cosine to 0")
-    add("--creator-lr", type=real, default=3e-4, help="of C, Adam")
-    add("--creator-weight-decay", type=real, default=1e-3, help="of C")
+    add("--tester-lr", type=real, default=0.025, help="of E and X, cosine to 0 (§3.2.2)")
+    add("--creator-lr", type=real, default=3e-4, help="of C, Adam (§3.2.2)")
+    add("--creator-weight-decay", type=real, default=1e-3, help="of C (§3.2.2)")
     add("--theta-lr", type=real, default=1e-2,
         help="of ablation 1's scalars, Adam without weight decay; not in the paper")
-    # the run
-    add("--seed", type=ops.number(int, 0), default=1, help="the paper has 1 to 10")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    add("--out", type=Path, default=None, help="run folder (default: runs/lpt-DATASET-SEED)")
-    add("--resume", action=yes_no, default=False, help="go on from the run folder's checkpoint")
-    add("--log-every", type=ops.number(int, 1), default=10, help="steps between printed lines")
-    add("--quick", action=yes_no, default=False, help="a tiny run on synthetic images, 2 minutes")
-    quick = dict(dataset="synthetic", image_size=16, layers=3, channels=4, epochs=2, batch_size=50)
-    return ops.parse(parser, argv, "lpt", quick)
+    ops.search_arguments(parser)
+    return ops.parse_search(parser, argv, "lpt", {"all": {"batch_size": 64}})      # §3.2.2
+
+
+@torch.no_grad()
+def review(tester, creator, data, rows, batch_size):
+    """f of every image `rows`, (len(rows),), and the share of them that the tester gets right."""
+    f, hits = [], 0
+    for x, y in ops.batches(data, rows, batch_size):
+        logits, features = tester(x)
+        f.append(selection(creator, features, None))
+        hits += (logits.argmax(1) == y).sum().item()
+    return torch.cat(f), hits / len(rows)
 
 
 def write_tests(path, data, rows, f, count=12):
@@ -200,8 +178,8 @@ def write_tests(path, data, rows, f, count=12):
     order = f.argsort(descending=True, stable=True).tolist()
 
     def pictures(picks):
-        return [(data.images[rows[i]], f"{data.classes[data.labels[rows[i]]]}\nf = {f[i]:.4f}")
-                for i in picks]
+        return [(image, f"{data.classes[data.labels[rows[i]]]}\nf = {f[i]:.4f}")
+                for i, image in zip(picks, data.pixels(rows[picks]))]
 
     ops.write_pictures(path, {"Weighed most by the tester": pictures(order[:count]),
                               "Weighed least by the tester": pictures(order[::-1][:count])})
@@ -209,88 +187,74 @@ def write_tests(path, data, rows, f, count=12):
 
 def main(argv=None):
     args, checkpoint = get_args(argv)
-    device = ops.pick_device(args.device)
-    data = ops.load_images(args.dataset, args.data, device, args.image_size)
-    train_rows, val_rows, _ = ops.split_rows(len(data.labels), args.seed, args.hold_out)
+    device = ops.pick_device(args)
+    data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
+    train_rows, val_rows, _ = ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets)
     train_stream = ops.Stream(data, train_rows, args.batch_size, args.seed, "train")
     bank_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "bank")
     val_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "val")
+    run = ops.Run("lpt", args, checkpoint, [data])
 
     torch.manual_seed(args.seed)
     num_classes = len(data.classes)
-    sgd = dict(momentum=args.momentum, weight_decay=args.weight_decay)
-    testee = ops.place(ops.Supernet(args.channels, num_classes, args.layers), device)
-    alphas = ops.initial_alphas(device)
-    testee_opt = torch.optim.SGD(testee.parameters(), args.lr, **sgd)
-    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
-                                 weight_decay=args.alpha_weight_decay)
     tester = ops.place(Tester(args.encoder, num_classes), device)
-    tester_opt = torch.optim.SGD(tester.parameters(), args.tester_lr, **sgd)
+    ex = list(tester.parameters())
+    tester_opt = torch.optim.SGD(ex, args.tester_lr, args.momentum, weight_decay=args.weight_decay)
     creator = list(nn.Linear(tester.executor.in_features, 1).to(device).parameters())
     creator_opt = torch.optim.Adam(creator, args.creator_lr, weight_decay=args.creator_weight_decay)
     if args.ablation == 1:                                     # departure 6
         creator = [nn.Parameter(torch.zeros(len(data.labels), device=device))]
         creator_opt = torch.optim.Adam(creator, args.theta_lr)
-    m = Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
 
-    parts = {"testee": testee, "outer": nn.ParameterList(alphas + creator), "tester": tester,
-             "testee_opt": testee_opt, "alpha_opt": alpha_opt, "tester_opt": tester_opt,
-             "creator_opt": creator_opt}
-    history = ops.begin_run(args.out, parts, checkpoint)
-
-    steps, begin, done = train_stream.epoch_steps(), time.time(), 0
-    for epoch in range(len(history), args.epochs):
-        testee_opt.param_groups[0]["lr"] = ops.cosine(args.lr, args.lr_min, epoch, args.epochs)
-        tester_opt.param_groups[0]["lr"] = ops.cosine(args.tester_lr, 0, epoch, args.epochs)
-        sums, epoch_begin = torch.zeros(3, device=device), time.time()
-        for i in range(1, steps + 1):
-            step = epoch * steps + i - 1
+    for stage in run.stages():                                 # several in P-DARTS: a new testee
+        (testee,), (testee_opt,), alphas, alpha_opt = ops.new_stage(
+            args, stage, run.state["kept"], [num_classes], device)
+        w = list(testee.parameters())
+        m = Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
+        run.load({"testee": testee, "outer": nn.ParameterList(alphas + creator), "tester": tester,
+                  "testee_opt": testee_opt, "alpha_opt": alpha_opt, "tester_opt": tester_opt,
+                  "creator_opt": creator_opt}, alphas)
+        steps = train_stream.epoch_steps()
+        for epoch, step in run.steps(steps):
+            learns = ops.schedule(args, stage, epoch, step, [testee], [testee_opt])
+            tester_opt.param_groups[0]["lr"] = ops.cosine(args.tester_lr, 0, step // steps,
+                                                          len(args.layers) * args.epochs)
             batches = train_stream(step), bank_stream(step), val_stream(step)
             x, y, _ = batches[0]
+            figures = {}
 
             # Algorithm 2, 1. and 2.: A descends, C ascends the objective           # LPT Eq. 16-24
-            g_alpha, g_creator, difficulty, f = outer_gradients(
-                m, batches, args.order, args.lam, args.gamma, args.ablation, args.radius)
-            descend(alpha_opt, alphas, g_alpha)
-            descend(creator_opt, creator, [-g for g in g_creator])
+            if learns:
+                with ops.autocast(device, args.amp == "bf16-all"):
+                    g_alpha, g_creator, difficulty, f = outer_gradients(
+                        m, batches, args.order, args.lam, args.gamma, args.ablation, args.radius)
+                descend(alpha_opt, alphas, g_alpha, None, run.at("the architecture"), difficulty)
+                descend(creator_opt, creator, [-g for g in g_creator], None, run.at("the creator"))
+                figures = {"test_loss": difficulty, "selection": f}
 
             # 3. The tester's E and X                                                 # LPT Eq. 18
             if args.ablation != 1:
-                loss = tester_loss(tester, creator, batches, args.gamma, args.ablation)
-                ex = list(tester.parameters())
-                descend(tester_opt, ex, grad(loss, ex))
+                with ops.autocast(device, args.amp != "off"):
+                    loss = tester_loss(tester, creator, batches, args.gamma, args.ablation)
+                descend(tester_opt, ex, grad(loss, ex), None, run.at("the tester"), loss)
 
             # 4. The testee's W
-            loss = F.cross_entropy(testee(x, alphas), y)
-            w = list(testee.parameters())
-            descend(testee_opt, w, grad(loss, w), args.grad_clip)
+            with ops.autocast(device, args.amp != "off"):
+                loss = F.cross_entropy(testee(x, alphas), y)
+            descend(testee_opt, w, grad(loss, w), args.grad_clip, run.at("the testee"), loss)
 
-            sums += torch.stack([loss.detach(), difficulty, f])
-            done += 1
-            if i % args.log_every == 0 or i == steps:
-                pace = ops.pace(begin, done, (args.epochs - epoch) * steps - i, args.batch_size)
-                print(f"epoch {epoch + 1}/{args.epochs} step {i}/{steps}  train loss {loss:.3f}  "
-                      f"test loss {difficulty:.3f}  selection {f:.3f}  {pace}", flush=True)
-
-        testee.eval(), tester.eval()
-        train_loss, test_loss, mean_f = (sums / steps).tolist()
-        history.append({
-            "epoch": epoch + 1, "train_loss": train_loss, "test_loss": test_loss,
-            "selection": mean_f, **ops.architecture_report(alphas),
-            "val_accuracy": ops.accuracy(lambda x: testee(x, alphas), data, val_rows,
-                                         args.batch_size),
-            "tester_val_accuracy": None if args.ablation == 1 else ops.accuracy(
-                lambda x: tester(x)[0], data, val_rows, args.batch_size),
-            "seconds": time.time() - epoch_begin})
-        with torch.no_grad():
+            if not run.log(train_loss=loss, **figures):
+                continue
+            ops.evaluating(testee, tester)
+            accuracy = ops.accuracy(lambda x: testee(x, alphas), data, val_rows, args.batch_size)
             if args.ablation == 1:
-                f = selection(creator, None, val_rows)
+                f, tested = selection(creator, None, val_rows).detach(), {}
             else:
-                f = torch.cat([selection(creator, tester(x)[1], None)
-                               for x, _ in data.batches(val_rows, args.batch_size)])
-        testee.train(), tester.train()
-        write_tests(args.out / "tests.png", data, val_rows, f.cpu())
-        ops.write_epoch(args, "lpt", history, parts, alphas)
+                f, hits = review(tester, creator, data, val_rows, args.batch_size)
+                tested = {"tester_val_accuracy": hits}
+            testee.train(), tester.train()
+            run.end_epoch(**ops.architecture_report(alphas), val_accuracy=accuracy, **tested)
+            write_tests(args.out / "tests.png", data, val_rows, f)
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     ops.print_next(args, args.dataset)

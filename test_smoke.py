@@ -88,40 +88,71 @@ class NaiveReduce(nn.Module):
 
 
 class NaiveSupernet(nn.Module):
-    """The search network with one mixed operation per edge (DARTS Eq. 2)."""
+    """The search network with one mixed operation per edge (DARTS Eq. 2), for every base."""
 
-    def __init__(self, C, num_classes, layers):
+    def __init__(self, C, num_classes, layers, kept=ops.ALL, partial=1, auxiliary=False,
+                 imagenet=False):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False),
-                                  nn.BatchNorm2d(3 * C))
+        self.kept, self.partial, self.beta, C_p = kept, partial, 0.0, C if imagenet else 3 * C
+        self.stem0 = nn.Sequential(nn.Conv2d(3, C_p, 3, padding=1, bias=False), nn.BatchNorm2d(C_p))
+        self.stem1 = nn.Identity()
+        if imagenet:
+            def conv(a, b):
+                return nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b)
+            self.stem0 = nn.Sequential(*conv(3, C // 2), nn.ReLU(), *conv(C // 2, C))
+            self.stem1 = nn.Sequential(nn.ReLU(), *conv(C, C))
         self.pre, self.edges, self.reduction = nn.ModuleList(), nn.ModuleList(), []
-        C_pp = C_p = 3 * C
+        self.auxiliary, C_pp = nn.ModuleList(), C_p
         for i in range(layers):
-            before = bool(self.reduction) and self.reduction[-1]
+            before = self.reduction[-1] if self.reduction else imagenet
             self.reduction.append(i in (layers // 3, 2 * layers // 3))
-            C *= 2 if self.reduction[-1] else 1
+            reduction = self.reduction[-1]
+            C *= 2 if reduction else 1
 
             def one(C_in, C=C):
                 return nn.Sequential(nn.ReLU(), nn.Conv2d(C_in, C, 1, bias=False),
                                      nn.BatchNorm2d(C, affine=False))
             self.pre.append(nn.ModuleList([NaiveReduce(C_pp, C) if before else one(C_pp),
                                            one(C_p)]))
+            strides = [2 if reduction and j < 2 else 1
+                       for node in range(4) for j in range(2 + node)]
             self.edges.append(nn.ModuleList(
-                nn.ModuleList(naive_operation(o, C, 2 if self.reduction[-1] and j < 2 else 1)
-                              for o in genotypes.PRIMITIVES)
-                for node in range(4) for j in range(2 + node)))
+                nn.ModuleDict({o: naive_operation(o, C // partial, stride) for o in names})
+                for names, stride in zip(kept[reduction], strides)))
+            self.auxiliary.append(nn.ModuleList(
+                nn.Identity() if not auxiliary or stride == 1 else NaiveReduce(C, C)
+                for stride in strides))
             C_pp, C_p = C_p, 4 * C
         self.classifier = nn.Linear(C_p, num_classes)
 
     def forward(self, x, alphas):
-        s0 = s1 = self.stem(x)
-        for pre, edges, reduction in zip(self.pre, self.edges, self.reduction):
-            p = F.softmax(alphas[reduction], -1)
+        s0 = self.stem0(x)
+        s1 = self.stem1(s0)
+        for pre, edges, auxiliary, reduction in zip(self.pre, self.edges, self.auxiliary,
+                                                    self.reduction):
             states, e = [pre[0](s0), pre[1](s1)], 0
             for node in range(4):
-                total = 0
+                total, first = 0, e
                 for j in range(2 + node):
-                    total = total + sum(w * op(states[j]) for w, op in zip(p[e], edges[e]))
+                    x, alpha = states[j], alphas[reduction][e]
+                    names = self.kept[reduction][e]
+                    exps = {o: alpha[genotypes.PRIMITIVES.index(o)].exp() for o in names}
+                    some = x.shape[1] // self.partial
+                    seen, rest = x[:, :some], x[:, some:]
+                    mixed = sum(exps[o] / sum(exps.values()) * op(seen)
+                                for o, op in edges[e].items())
+                    if self.beta:
+                        mixed = mixed + self.beta * auxiliary[e](seen)
+                    if self.partial > 1:
+                        if mixed.shape[2] < x.shape[2]:
+                            rest = F.max_pool2d(rest, 2)
+                        mixed = torch.cat([mixed, rest], 1)
+                        n, c, h, w = mixed.shape
+                        mixed = mixed.view(n, self.partial, c // self.partial, h, w)
+                        mixed = mixed.transpose(1, 2).reshape(n, c, h, w)
+                        into = alphas[2 + reduction][first:first + 2 + node].exp()
+                        mixed = mixed * into[j] / into.sum()
+                    total = total + mixed
                     e += 1
                 states.append(total)
             s0, s1 = s1, torch.cat(states[2:], 1)
@@ -131,17 +162,19 @@ class NaiveSupernet(nn.Module):
 def weight_pairs(net, naive):
     """(merged parameter, its rows, per-edge parameter) for every parameter of the naive network."""
     whole = slice(None)
-    for a, b in zip([*net.stem.parameters(), *net.classifier.parameters()],
-                    [*naive.stem.parameters(), *naive.classifier.parameters()]):
-        yield a, whole, b
-    for cell, pre, edges in zip(net.cells, naive.pre, naive.edges):
+    for part in ("stem0", "stem1", "classifier"):
+        for a, b in zip(net.get_submodule(part).parameters(),
+                        naive.get_submodule(part).parameters(), strict=True):
+            yield a, whole, b
+    for cell, pre, edges, auxiliary in zip(net.cells, naive.pre, naive.edges, naive.auxiliary):
         for a, b in zip([*cell.preprocess0.parameters(), *cell.preprocess1.parameters()],
                         pre.parameters()):
             yield a, whole, b
         for j, state in enumerate(cell.states):
-            for m, node in enumerate(range(max(0, j - 1), 4)):
-                edge = edges[sum(2 + i for i in range(node)) + j]
-                for o, op in zip(genotypes.PRIMITIVES, edge):
+            rows = [sum(2 + i for i in range(node)) + j for node in range(max(0, j - 1), 4)]
+            for m, e in enumerate(rows):
+                for o, op in edges[e].items():
+                    has_it = [r for r in rows if o in edges[r]]
                     if o.startswith("sep"):
                         parts = [getattr(state, f"{o}_{ab}").get_parameter(f"{kind}.weight")
                                  for ab in "ab" for kind in ("depthwise", "pointwise")]
@@ -153,35 +186,55 @@ def weight_pairs(net, naive):
                     else:
                         parts = []
                     for a, b in zip(parts, op.parameters(), strict=True):
+                        k = has_it.index(e)
+                        yield a, slice(k * len(b), (k + 1) * len(b)), b
+                if isinstance(auxiliary[e], NaiveReduce):
+                    for a, b in zip(state.auxiliary.parameters(), auxiliary[e].parameters()):
                         yield a, slice(m * len(b), (m + 1) * len(b)), b
 
 
-def twins(C=4, num_classes=5, layers=3, dtype=torch.float64):
+def pruned(keep, seed=0):
+    """`keep` candidates of every edge, drawn at random: the candidates of a P-DARTS stage."""
+    rng = np.random.default_rng(seed)
+    return [[[genotypes.PRIMITIVES[o] for o in sorted(rng.permutation(8)[:keep])]
+             for _ in range(14)] for _ in range(2)]
+
+
+def twins(C=4, num_classes=5, layers=3, dtype=torch.float64, kept=ops.ALL, partial=1, **options):
     torch.manual_seed(0)
-    net = ops.place(ops.Supernet(C, num_classes, layers), "cpu").to(dtype)
-    naive = NaiveSupernet(C, num_classes, layers).to(dtype)
+    net = ops.place(ops.Supernet(C, num_classes, layers, kept, partial, **options), "cpu").to(dtype)
+    naive = NaiveSupernet(C, num_classes, layers, kept, partial, **options).to(dtype)
     with torch.no_grad():
         for merged, rows, single in weight_pairs(net, naive):
             single.copy_(merged[rows])
-    return net, naive, supernet_alphas(dtype)
+    alphas = [nn.Parameter(a.detach() + torch.randn(a.shape).to(dtype))
+              for a in ops.initial_alphas("cpu", kept, partial)]
+    net.knobs.auxiliary = naive.beta = 0.7 * bool(options.get("auxiliary"))
+    return net, naive, alphas
 
 
-@pytest.mark.parametrize("layers,size", [(3, 16), (4, 12), (6, 8)])   # maps of 16..4, 12..3, 8..2
-def test_supernet_is_the_per_edge_one(layers, size):
-    net, naive, alphas = twins(layers=layers)
+@pytest.mark.parametrize("size,options", [                        # maps of
+    (16, {}), (12, dict(layers=4)), (8, dict(layers=6)),          # 16..4, 12..3, 8..2
+    (16, dict(kept=pruned(5))), (12, dict(kept=pruned(3, 1), layers=5)),           # P-DARTS
+    (16, dict(partial=4, C=8)), (16, dict(partial=2, layers=4)),  # PC-DARTS
+    (16, dict(auxiliary=True)), (12, dict(auxiliary=True, layers=6)),              # DARTS-
+    (64, dict(imagenet=True, partial=4, C=8)), (40, dict(imagenet=True))], ids=str)
+def test_supernet_is_the_per_edge_one(size, options):
+    net, naive, alphas = twins(**options)
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in naive.parameters())
     x, y = torch.randn(3, 3, size, size, dtype=torch.float64), torch.tensor([0, 1, 2])
     a, b = net(x, alphas), naive(x, alphas)
     assert relative_error([a], [b]) < 1e-10
-    net_alpha = torch.autograd.grad(F.cross_entropy(a, y), [*alphas, *net.parameters()])
-    naive_alpha = torch.autograd.grad(F.cross_entropy(b, y), [*alphas, *naive.parameters()])
-    assert relative_error(net_alpha[:2], naive_alpha[:2]) < 1e-10
-    of = dict(zip(naive.parameters(), naive_alpha[2:]))
-    to = dict(zip(net.parameters(), net_alpha[2:]))
+    n = len(alphas)
+    ours = torch.autograd.grad(F.cross_entropy(a, y), [*alphas, *net.parameters()])
+    theirs = torch.autograd.grad(F.cross_entropy(b, y), [*alphas, *naive.parameters()])
+    for g, h in zip(ours[:n], theirs[:n]):
+        assert relative_error([g], [h]) < 1e-10
+    of, to = dict(zip(naive.parameters(), theirs[n:])), dict(zip(net.parameters(), ours[n:]))
     seen = {merged: torch.zeros_like(merged) for merged in to}
     for merged, rows, single in weight_pairs(net, naive):
-        seen[merged][rows] += of[single]
-    assert len(of) == len(list(naive.parameters()))
+        seen[merged][rows] += of.pop(single)
+    assert not of                                                  # each has been compared, once
     assert max(relative_error([to[w]], [seen[w]]) for w in to) < 1e-10
     net.eval(), naive.eval()                                       # the same statistics were kept
     assert relative_error([net(x, alphas)], [naive(x, alphas)]) < 1e-10
@@ -372,10 +425,9 @@ MUTATIONS = {
                           "f = selection([c.detach() for c in m.creator], features, rows) "
                           "+ 0 * sum(c.sum() for c in m.creator)"),
     "no df/dC in the numerator only": (
-        "difficulty = (f * losses).sum() / f.sum()",
-        "difficulty = (selection([c.detach() for c in m.creator], features, rows) * losses).sum() "
-        "/ f.sum()"),
-    "no 1/sum f": ("(f * losses).sum() / f.sum()", "(f * losses).mean()"),
+        "total((f * losses).sum())",
+        "(selection([c.detach() for c in m.creator], features, rows) * losses).sum()"),
+    "no 1/sum f": ("total((f * losses).sum()) / total(f.sum())", "(f * losses).mean()"),
     "no momentum": ("torch._foreach_add_(step, buffers, alpha=group[\"momentum\"])", "pass"),
     "lambda's sign": ("difficulty - lam * meaning", "difficulty + lam * meaning"),
     "f not differentiated by E": ("return (selection(creator, features, None) * losses).mean()",
@@ -874,10 +926,10 @@ def test_drop_path_drops_whole_paths_and_keeps_the_mean():
 
 def test_streams_are_pure_shuffled_and_independent():
     data = ops.synthetic(10, 8, "cpu")
-    train, val, held = ops.split_rows(2000, seed=3, hold_out=100)
+    train, val, held = ops.split_rows(data.labels, seed=3, hold_out=100)
     assert sorted([*train, *val, *held]) == list(range(2000)) and len(train) == len(val) == 950
-    assert np.array_equal(held, ops.split_rows(2000, seed=4, hold_out=100)[2])
-    assert not np.array_equal(train, ops.split_rows(2000, seed=4, hold_out=100)[0])
+    assert np.array_equal(held, ops.split_rows(data.labels, seed=4, hold_out=100)[2])
+    assert not np.array_equal(train, ops.split_rows(data.labels, seed=4, hold_out=100)[0])
     streams = [ops.Stream(data, val, 64, 3, name) for name in ("bank", "val", "bank")]
     drawn = [torch.cat([s(i)[2] for i in range(streams[0].epoch_steps())]) for s in streams]
     assert sorted(drawn[0][:950].tolist()) == sorted(val)          # each image once a pass
@@ -1047,13 +1099,13 @@ def test_il_and_lease_searches(module, extra, picture, tmp_path, capsys):
     command = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"] and "synthetic" in command[5]
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert len(state.get("nets", {})) % (2 if "--joint" in extra else 4) == 0
+    assert len(state["parts"].get("nets", {})) % (2 if "--joint" in extra else 4) == 0
 
 
 def finals(folder):
     """What a run ended with, its durations left out."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for line in state["history"]:
+    for line in [state["run"], *state["run"]["history"]]:
         line.pop("seconds")
     flat, todo = [], [state]
     while todo:
@@ -1077,17 +1129,17 @@ def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch
     epochs = 3 if module is evaluate else 2                        # drop-path begins in the second
     argv = [*extra, "--epochs", epochs]
     assert run_script(module, *argv, "--out", whole) == 0
-    write = ops.write
+    write = ops.write_checkpoint
 
-    def interrupt(path, content):
-        write(path, content)
-        if path.name == "checkpoint.pt" and len(content["history"]) == epochs - 1:
+    def interrupt(folder, content):
+        write(folder, content)
+        if len(content["run"]["history"]) == epochs - 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ops, "write", interrupt)
+    monkeypatch.setattr(ops, "write_checkpoint", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_script(module, *argv, "--out", cut)
-    monkeypatch.setattr(ops, "write", write)
+    monkeypatch.setattr(ops, "write_checkpoint", write)
     assert run_script(module, "--device", "cpu", "--out", cut, "--resume") == 0
     a, b = finals(whole), finals(cut)
     assert same(a, b) and len(a) > 20
@@ -1100,7 +1152,7 @@ BAD = [
     (lpt, ["--batch-size", "many"]), (lpt, ["--lambda", -1]), (lpt, ["--lambda", "nan"]),
     (lpt, ["--gamma", "inf"]), (lpt, ["--layers", 2]), (lpt, ["--seed", -1]), (lpt, ["--nonsense"]),
     (lpt, [*TINY, "--batch-size", 5000]), (lpt, ["--resume", "--out", "nowhere"]),
-    (lpt, ["--dataset", "folder", "--data", "nowhere"]), (lpt, ["--dataset", "imagenet"]),
+    (lpt, ["--dataset", "folder", "--data", "nowhere"]), (lpt, ["--dataset", "imagenet", "--data", "nowhere"]),
     (lpt, ["--dataset", "cifar10", "--image-size", 64]), (lpt, ["--dataset", "cifar100"]),
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
@@ -1262,7 +1314,7 @@ def bench_speed():
 def bench_difference(data_dir):
     """What the central difference measures, as a Markdown table."""
     data = ops.load_images("folder" if data_dir else "synthetic", data_dir, "cpu")
-    rows = ops.split_rows(len(data.labels), 1)
+    rows = ops.split_rows(data.labels, 1)
     streams = [ops.Stream(data, rows[name != "train"], 16, 1, name)
                for name in ("train", "bank", "val")]
 
