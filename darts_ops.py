@@ -165,8 +165,7 @@ class MixedEdges(nn.Module):
                 self.add_module(name, BatchNorm(c, affine=False))
             elif name == "skip_connect" and stride == 2:
                 self.skip_connect = FactorizedReduce(c, c, n)
-        if auxiliary and stride == 2:
-            self.auxiliary = FactorizedReduce(c, c, len(kept))
+        self.auxiliary = FactorizedReduce(c, c, len(kept)) if auxiliary and stride == 2 else None
 
     def forward(self, x, p, q=None):
         """x (N, C, H, W), p (edges, 8) weights of the operations, q (edges,) of the bypass
@@ -212,7 +211,7 @@ class MixedEdges(nn.Module):
         if self.stride == 2:
             if "skip_connect" in self.kept:
                 put("skip_connect", self.skip_connect(r, weight("skip_connect")))
-            if beta:
+            if self.auxiliary is not None:
                 put("auxiliary", self.auxiliary(r, torch.full_like(on_edges[0], beta)))
         else:
             direct = torch.full_like(p[:, 0], beta)
@@ -864,14 +863,13 @@ class Stream(Dataset):
 def read_ahead(dataset, order, workers: int):
     """An iterator over dataset[i] for i in order, read by worker processes if there are any."""
     return iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers,
-                           pin_memory=torch.cuda.is_available(), worker_init_fn=quiet,
-                           collate_fn=same))
+                           pin_memory=torch.cuda.is_available(), worker_init_fn=apart,
+                           collate_fn=same, generator=torch.Generator()))
 
 
-def quiet(_):
-    """A worker leaves the signals to the process that it works for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def apart(_):
+    """A worker in a process group of its own: a signal to the run's group is not for it."""
+    os.setpgrp()
 
 
 def same(item):
@@ -1040,9 +1038,11 @@ def search_recipe(chosen, changes: dict) -> dict:
         images = ({"dataset": "synthetic"} if chosen.dataset else
                   {"tasks": ["synthetic:10", "synthetic:5"]})
         recipe = recipe | images | dict(
-            image_size=16, channels=4 * min(2, recipe["partial"]), epochs=2,
-            layers=recipe["layers"] if len(recipe["layers"]) > 1 else [3], batch_size=100,
-            warm_up=min(1, recipe["warm_up"]), log_every=5)
+            image_size=16, channels=4 * min(2, recipe["partial"]), batch_size=100, log_every=5)
+        if len(recipe["layers"]) > 1:
+            recipe = recipe | dict(epochs=1, warm_up=0)
+        else:
+            recipe = recipe | dict(epochs=2, warm_up=min(1, recipe["warm_up"]), layers=[3])
     return recipe
 
 
@@ -1270,7 +1270,7 @@ class Run:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--out {args.out}: {error}") from None
-        self.parts, self.alphas, self.due, self.done = {}, None, False, 0
+        self.parts, self.alphas, self.due, self.new = {}, None, False, True
 
     def stages(self):
         """The stages that are left; between two of them the candidates are pruned."""
@@ -1308,6 +1308,7 @@ class Run:
         """
         state, self.epoch_steps = self.state, epoch_steps
         self.begin = self.lap = self.saved = time.time()
+        self.done = 0
         Signals.stepping, stage_steps = True, self.args.epochs * epoch_steps
         try:
             while state["step"] < (state["stage"] + 1) * stage_steps and not state["stopped"]:
@@ -1338,8 +1339,9 @@ class Run:
         for name, value in zip(figures, values.tolist()):
             state["sums"][name] = state["sums"].get(name, 0.0) + value
         self.done += 1
-        if self.done == 1:
+        if self.new:
             print(f"peak memory {peak_memory(values.device):.0f} MiB after the first step")
+            self.new = False
         if i % args.log_every == 0 or i == self.epoch_steps:
             spent = (time.time() - self.begin) / self.done
             stages = len(getattr(args, "candidates", [0]))

@@ -149,7 +149,8 @@ def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weig
 
         parts = central_difference(grad_alpha_e, [delta], [ahead.xi * v_delta], radius,
                                    per_image=True)
-        share = torch.cat(parts[:len(m.alphas)]).norm() / torch.cat(g_alpha).norm()
+        norm = nn.utils.get_total_norm
+        share = norm(parts[:len(m.alphas)]) / norm(g_alpha)
         g_alpha = [g + p for g, p in zip(g_alpha, parts[:len(m.alphas)])]           # departure 4
         v_e = [v + p for v, p in zip(v_e, parts[len(m.alphas):])]
     if order == 1:
@@ -179,10 +180,10 @@ def get_args(argv=None):
     return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}})    # §3.2
 
 
-def random_delta(shape, seed, step, scale, device):
-    """The start of the perturbations, a pure function of (seed, step, rank)."""
-    rng = np.random.default_rng([seed, 0xDE17A, step, ops.rank()])
-    return torch.from_numpy(rng.standard_normal(shape, np.float32)).mul_(scale).to(device)
+def random_delta(shape, scale, device, *keys):
+    """The start of the perturbations, a pure function of keys: seed, step and rank."""
+    draw = np.random.default_rng([0xDE17A, *keys]).standard_normal(shape, np.float32)
+    return torch.from_numpy(draw).mul_(scale).to(device)
 
 
 def write_explanations(path, data, rows, maps):
@@ -235,7 +236,8 @@ def main(argv=None):
             audience_opt.param_groups[0]["lr"] = ops.cosine(args.audience_lr, 0, step // steps,
                                                             len(args.layers) * args.epochs)
             train, val = train_stream(step)[:2], val_stream(step)[:2]
-            delta = random_delta(train[0].shape, args.seed, step, args.delta_scale, device)
+            delta = random_delta(train[0].shape, args.delta_scale, device, args.seed, step,
+                                 ops.rank())
             figures = {}
 
             # Algorithm 1, 1. and 2.: the steps that E, Delta and W are about to take
@@ -262,7 +264,7 @@ def main(argv=None):
             # by the batches' statistics: the running ones are of explanations, not of images
             heard = ops.accuracy(lambda x: call(audience, w, x), data, val_rows, args.batch_size)
             x = data.batch(shown)
-            delta = random_delta(x.shape, args.seed, 0, args.delta_scale, device)
+            delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
             heat = explain(explainer, alphas, e, x, delta)[0].abs().mean(1)
             explainer.train()
             run.end_epoch(**ops.architecture_report(alphas), val_accuracy=accuracy,

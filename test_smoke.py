@@ -6,7 +6,9 @@
 
 import argparse
 import json
+import os
 import pickle
+import socket
 import statistics
 import subprocess
 import sys
@@ -325,11 +327,17 @@ def supernet_alphas(dtype=torch.float64):
     return [torch.randn(14, 8, dtype=dtype).requires_grad_() for _ in range(2)]
 
 
-def supernet_problem(encoder="resnet18"):
+def supernet_problem(base=None):
     torch.manual_seed(0)
-    testee = ops.place(ops.Supernet(4, 5, 3), "cpu").double()
-    tester = ops.place(lpt.Tester(encoder, 5), "cpu").double()
+    kept, partial = pruned(3) if base == "pdarts" else ops.ALL, 4 if base == "pcdarts" else 1
+    testee = ops.place(ops.Supernet(8 if partial > 1 else 4, 5, 3, kept, partial,
+                                    base == "darts-"), "cpu").double()
+    testee.knobs.skip_dropout, testee.knobs.auxiliary = 0.3 * (base == "pdarts"), base == "darts-"
+    tester = ops.place(lpt.Tester("resnet18", 5), "cpu").double()
     alphas = supernet_alphas()
+    if base:
+        alphas = [nn.Parameter(a.detach().double() + torch.randn(a.shape).double())
+                  for a in ops.initial_alphas("cpu", kept, partial)]
     creator = list(nn.Linear(tester.executor.in_features, 1).double().parameters())
     batches = tuple((torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(5, (4,)),
                      torch.arange(4)) for _ in range(3))
@@ -408,10 +416,11 @@ def test_lpt_gradients_on_the_smooth_network(kw):
         assert max(lpt_errors(m, batches, radius=radius, **kw)) < bound
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(order=1), dict(ablation=2, lam=0.5, gamma=2.0)],
-                         ids=str)
-def test_lpt_gradients_on_the_supernet_with_resnet18(kw):
-    m, batches = supernet_problem()
+@pytest.mark.parametrize("base,kw", [
+    (None, dict()), (None, dict(order=1)), (None, dict(ablation=2, lam=0.5, gamma=2.0)),
+    ("darts-", dict()), ("pcdarts", dict()), ("pdarts", dict())], ids=str)
+def test_lpt_gradients_on_the_supernet_with_resnet18(base, kw):
+    m, batches = supernet_problem(base)
     assert max(lpt_errors(m, batches, radius=1e-8, **kw)) < 1e-4
 
 
@@ -879,6 +888,59 @@ def test_decoding_by_hand():
     assert ops.decode([alpha, alpha]).normal[2:4] == [("sep_conv_3x3", 1), ("sep_conv_3x3", 2)]
 
 
+def test_decoding_with_edge_weights_by_hand():
+    """PC-DARTS: an edge counts by its softmaxed weight times its strongest operation."""
+    alpha, beta = torch.zeros(14, 8), torch.zeros(14)
+    alpha[2, 4], alpha[3, 5], alpha[4, 6] = 3, 2, 2.5              # node 3's edges: 0.74 0.51 0.63
+    beta[2], beta[3], beta[4] = -1, 0, 1                           # times 0.09 0.24 0.67
+    beta[5], beta[8] = 1, 2                                        # node 4: states 3 and 0
+    cell = ops.decode([alpha, alpha, beta, torch.zeros(14)])
+    assert cell.normal[2:6] == [("dil_conv_3x3", 2), ("sep_conv_5x5", 1),
+                                ("max_pool_3x3", 3), ("max_pool_3x3", 0)]
+    assert cell.reduce[2:4] == [("sep_conv_3x3", 0), ("dil_conv_3x3", 2)]
+    assert abs(ops.edge_weights(beta)[2:5].sum() - 1) < 1e-6
+
+
+def test_at_most_two_skip_connections_by_hand():
+    """P-DARTS: the weakest skips of the decoded cell go, one at a time; each makes room for its
+    edge's next operation or for another edge."""
+    alpha = torch.zeros(14, 8)
+    skip, sep = genotypes.PRIMITIVES.index("skip_connect"), 4
+    for row, value in ((0, 4), (1, 3), (2, 2.0), (3, 1.5), (9, 2.5)):
+        alpha[row, skip] = value
+    alpha[4, sep] = 0.3                                            # comes in when row 3 goes
+    alpha[2, sep] = 1.0                                            # and when row 2's goes
+    normal = ops.decode([alpha, alpha]).normal
+    assert normal[:4] == [("skip_connect", 0), ("skip_connect", 1), ("skip_connect", 0),
+                          ("skip_connect", 1)] and normal[6] == ("skip_connect", 0)
+    limited = ops.decode([alpha, alpha], max_skips=2)
+    assert limited.normal[:4] == [("skip_connect", 0), ("skip_connect", 1), ("sep_conv_3x3", 0),
+                                  ("sep_conv_3x3", 2)]
+    assert ("skip_connect", 0) not in limited.normal[6:]
+    assert limited.reduce == ops.decode([alpha, alpha]).reduce     # alone is limited
+
+
+def test_pruning_by_hand():
+    """P-DARTS: 8, 5, 3 candidates; the lower index goes first where alphas are equal."""
+    names = genotypes.PRIMITIVES
+    alpha = torch.zeros(14, 8)
+    alpha[0] = torch.tensor([0.5, -1, 2, 0.1, 0.2, -3, 1, 0.3])
+    kept = ops.prune([alpha, -alpha], 5)
+    assert kept[0][0] == ["none", "avg_pool_3x3", "sep_conv_3x3", "dil_conv_3x3", "dil_conv_5x5"]
+    assert kept[1][0] == ["max_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5",
+                          "dil_conv_5x5"]
+    assert kept[0][1] == names[3:]
+    second = [a.detach() for a in ops.initial_alphas("cpu", kept)]
+    for cell, a in zip(kept, second):
+        assert [[n for n, v in zip(names, row) if v != ops.DROPPED] for row in a.tolist()] == cell
+    assert F.softmax(second[0], -1)[0, 1] == 0
+    second[0][0, 0] = -1                                           # `none` goes, of the survivors
+    second[0][0, 4] = -2
+    assert ops.prune(second, 3)[0][0] == ["avg_pool_3x3", "dil_conv_3x3", "dil_conv_5x5"]
+    second[0][0, 0] = 5                                            # strongest, and yet not decoded
+    assert "none" not in [op for op, _ in ops.decode(second).normal]
+
+
 def test_genotypes_as_json_text_and_svg(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in [*genotypes.PUBLISHED, "random:3"]:
@@ -919,6 +981,73 @@ def test_drop_path_drops_whole_paths_and_keeps_the_mean():
     assert not torch.equal(cell(x, x, 0.5), cell(x, x, 0.0))
     cell.eval()
     assert torch.equal(cell(x, x, 0.5), cell(x, x, 0.0))
+
+
+# ------------------------------------------------------------------------------------------ bases
+
+
+def test_skip_dropout_is_one_mask_a_step():
+    torch.manual_seed(0)
+    net = ops.Supernet(4, 5, 3)
+    alphas = [nn.Parameter(a) for a in ops.initial_alphas("cpu")]
+    x, knobs = torch.randn(2, 3, 16, 16), net.knobs
+    plain = net(x, alphas)
+    knobs.skip_dropout, knobs.seed = 0.5, 1
+    once = net(x, alphas)
+    assert torch.equal(once, net(x, alphas)) and not torch.equal(once, plain)
+    knobs.seed = 2
+    assert not torch.equal(once, net(x, alphas))
+    net.eval()
+    assert torch.equal(net(x, alphas), net(x, alphas))
+    edges = ops.MixedEdges(2, [["none", "skip_connect"]] * 3, 1, ops.Knobs(skip_dropout=0.25))
+    p = torch.zeros(3, 8)
+    p[:, 3] = torch.tensor([0.1, 0.2, 0.3])
+    edges.knobs.generator = torch.Generator().manual_seed(0)
+    outs = edges(torch.ones(8, 2, 32, 32), p)
+    for out, weight in zip(outs, p[:, 3]):                         # a mask per edge, the mean kept
+        assert torch.allclose(out.unique(), torch.tensor([0, weight / 0.75]))
+        assert abs(out.mean() - weight) < 0.02
+    assert not torch.equal(outs[0] > 0, outs[1] > 0)
+
+
+def test_schedules_of_the_bases():
+    def values(base, epochs, **changes):
+        args = argparse.Namespace(**ops.BASES[base] | dict(seed=1, epochs=epochs) | changes)
+        net, found = ops.Supernet(4, 5, 3), []
+        opt = torch.optim.SGD(net.parameters(), 1)
+        for stage in range(len(args.layers)):
+            for epoch in range(epochs):
+                learns = ops.schedule(args, stage, epoch, epoch, [net], [opt])
+                found.append((learns, opt.param_groups[0]["lr"], net.knobs.auxiliary,
+                              net.knobs.skip_dropout))
+        return list(zip(*found))
+
+    learns, lr, auxiliary, dropout = values("darts-", 50)
+    assert all(learns) and auxiliary[0] == 1 and auxiliary[-1] == 0 and not any(dropout)
+    assert np.allclose(np.diff(auxiliary), -1 / 49) and (lr[0], round(lr[49], 4)) == (0.025, 0.001)
+    learns, lr, auxiliary, dropout = values("pdarts", 25)
+    assert learns == ((False,) * 10 + (True,) * 15) * 3 and not any(auxiliary)
+    assert np.isclose(dropout[25], 0.4 * 24 / 25) and np.isclose(dropout[34], 0.4 * 15 / 25)
+    assert np.isclose(dropout[60], 0.7) and np.isclose(dropout[62], 0.7 * np.exp(-0.4))
+    assert lr[0] == lr[25] == 0.025 and lr[24] < 2e-4
+    learns, lr, _, _ = values("pcdarts", 50)
+    assert learns == (False,) * 15 + (True,) * 35 and lr[0] == 0.1
+    imagenet = lpt.get_args(["--dataset", "imagenet", "--base", "pcdarts"])[0]
+    assert (imagenet.lr, imagenet.alpha_lr, imagenet.batch_size, imagenet.warm_up,
+            imagenet.subsets, imagenet.image_size) == (0.5, 6e-3, 1024, 35, [0.1, 0.025], 224)
+
+
+@pytest.mark.parametrize("module,base,expected", [
+    (lpt, "darts-2nd", (2, 64, 0.025, 3e-4)), (lpt, "darts-1st", (1, 64, 0.025, 3e-4)),
+    (lpt, "pcdarts", (1, 64, 0.1, 6e-4)), (lpt, "pdarts", (1, 64, 0.025, 6e-4)),
+    (il, "darts-2nd", (2, 64, 0.025, 3e-5)), (il, "pcdarts", (1, 256, 0.1, 3e-3)),
+    (il, "pdarts", (1, 64, 0.025, 6e-4)), (lease, "darts+", (1, 64, 0.025, 3e-4))],
+    ids=lambda v: getattr(v, "__name__", str(v)))
+def test_recipes(module, base, expected):
+    args, _ = module.get_args(["--base", base])
+    assert (args.order, args.batch_size, args.lr, args.alpha_lr) == expected
+    args, _ = module.get_args(["--base", base, "--order", "2", "--lr", "0.5"])
+    assert (args.order, args.lr, args.alpha_lr) == (2, 0.5, expected[3])
 
 
 # ----------------------------------------------------------------------------- images and streams
@@ -1049,9 +1178,38 @@ def test_folder_of_images(tmp_path):
 
 # --------------------------------------------------------------------------------------- the runs
 
-SMALL = ["--image-size", "8", "--layers", "3", "--channels", "2", "--batch-size", "500",
+SMALL = ["--image-size", "8", "--layers", "3", "--channels", "2", "--batch-size", "50",
          "--device", "cpu"]
 TINY = ["--dataset", "synthetic:3", *SMALL]
+
+
+class SmallResNet(nn.Sequential):
+    """In place of ResNet-18 and ResNet-50, where a test runs a script."""
+
+    def __init__(self, name, weights=None, num_classes=1000):
+        super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(8, num_classes)
+
+
+def make_small(replace=setattr):
+    """200 synthetic images for training and 100 for testing, and a small ResNet."""
+    synthetic = ops.synthetic
+
+    def few(classes, size, device, test=False):
+        data = synthetic(classes, size, device, test)
+        n = 100 if test else 200
+        data.images, data.labels = data.images[:n], data.labels[:n]
+        return data
+
+    replace(ops, "synthetic", few)
+    replace(torchvision.models, "get_model", SmallResNet)
+
+
+@pytest.fixture(autouse=True)
+def small_runs(request, monkeypatch):
+    if "tmp_path" in request.fixturenames:
+        make_small(monkeypatch.setattr)
 
 
 def run_script(module, *argv):
@@ -1079,10 +1237,10 @@ def test_lpt_search_then_evaluation(ablation, tmp_path, monkeypatch, capsys):
     assert ops.Image.open(run / "tests.png").size[0] > 1000
     command = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"]
-    small = ["--layers", 3, "--channels", 2, "--epochs", 1, "--batch-size", 500, "--out", "e"]
+    small = ["--layers", 3, "--channels", 2, "--epochs", 1, "--batch-size", 50, "--out", "e"]
     assert run_script(evaluate, *command[2:], *small) == 0
     result = json.loads((tmp_path / "e" / "result.json").read_text())
-    assert 0 <= result["test_error"] <= 100 and result["test_images"] == 400
+    assert 0 <= result["test_error"] <= 100 and result["test_images"] == 100
 
 
 @pytest.mark.parametrize("module,extra,picture", [
@@ -1100,6 +1258,96 @@ def test_il_and_lease_searches(module, extra, picture, tmp_path, capsys):
     assert command[:2] == ["python", "evaluate.py"] and "synthetic" in command[5]
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     assert len(state["parts"].get("nets", {})) % (2 if "--joint" in extra else 4) == 0
+
+
+METHODS = {"lpt": (lpt, ["--dataset", "synthetic:3"]),
+           "il": (il, ["--tasks", "synthetic:3", "synthetic:2", "--rounds", 1]),
+           "lease": (lease, ["--dataset", "synthetic:3"])}
+
+
+def search(method, *argv):
+    module, images = METHODS[method]
+    return run_script(module, *images, *SMALL, *argv)
+
+
+@pytest.mark.parametrize("base", ops.BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_base_in_every_method(method, base, tmp_path, capsys):
+    changes = {"pdarts": ["--layers", 3, 3, 3], "pcdarts": ["--channels", 8]}.get(base, [])
+    warm_up = ["--warm-up", 1] if ops.BASES[base]["warm_up"] else []
+    run, (module, images) = tmp_path / "run", METHODS[method]
+    assert run_script(module, *images, "--base", base, *SMALL, *changes, *warm_up, "--epochs", 2,
+                      "--out", run) == 0
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    if base == "pdarts":
+        assert [len(state["run"]["kept"][0][e]) for e in range(14)] == [3] * 14
+        out = capsys.readouterr().out
+        assert all(f"{n} candidates" in out for n in (8, 5, 3)) and len(lines) == 6
+    assert ("test_loss" in lines[0] or "val_loss" in lines[0]) == (not warm_up)
+    assert "test_loss" in lines[-1] or "val_loss" in lines[-1]
+    alphas = [t for name, t in state["parts"]["outer"].items() if t.shape in ((14,), (14, 8))]
+    assert len(alphas) == (4 if base == "pcdarts" else 2)
+    if base == "pcdarts":                                          # beta learns, and is decoded
+        assert state["parts"]["alpha_opt"]["state"][2]["exp_avg"].abs().max() > 0
+    assert genotypes.load(str(run / "genotype.json")) == ops.decode(
+        alphas, 2 if base == "pdarts" else 8)
+
+
+def test_pdarts_grows_to_17_cells(tmp_path, capsys):
+    assert search("il", "--base", "pdarts", "--layers", 5, 11, 17, "--epochs", 1, "--warm-up", 0,
+                  "--joint", "--out", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    for stage, cells, kept in ((1, 5, 8), (2, 11, 5), (3, 17, 3)):
+        assert f"stage {stage} of 3: {cells} cells, {kept} candidates an edge" in out
+    parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
+    assert max(int(name.split(".")[2]) for name in parts["nets"] if ".cells." in name) == 16
+
+
+def test_epochs_without_architecture_leave_both_players_alone(tmp_path, monkeypatch):
+    states, write_checkpoint = [], ops.write_checkpoint
+    monkeypatch.setattr(ops, "write_checkpoint", lambda folder, content: (
+        states.append(pickle.loads(pickle.dumps(content["parts"]))),
+        write_checkpoint(folder, content)))
+    assert search("lpt", "--warm-up", 1, "--epochs", 2, "--out", tmp_path / "run") == 0
+    first, second = states
+    alpha = [first["outer"]["0"], first["outer"]["2"]]
+    assert alpha[0].abs().max() < 6e-3 and not first["alpha_opt"]["state"]        # as they began
+    assert not first["creator_opt"]["state"] and second["creator_opt"]["state"]
+    assert not torch.equal(first["outer"]["2"], second["outer"]["2"])
+    assert not torch.equal(first["outer"]["0"], second["outer"]["0"])
+    assert first["tester_opt"]["state"] and first["testee_opt"]["state"]
+
+
+def test_darts_plus_stops_at_planted_skips(tmp_path, monkeypatch, capsys):
+    def planted(*args):
+        alphas = initial(*args)
+        with torch.no_grad():
+            alphas[0][:2, 3] += 2                                  # both edges into node 2
+        return alphas
+
+    initial, run = ops.initial_alphas, tmp_path / "run"
+    monkeypatch.setattr(ops, "initial_alphas", planted)
+    assert search("lpt", "--base", "darts+", "--epochs", 3, "--out", run) == 0
+    out = capsys.readouterr().out
+    assert "the search ends here: the normal cell has" in out and "Train it" in out
+    line, = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert "skip connections" in line["stopped"]
+    assert sum(op == "skip_connect" for op, _ in genotypes.load(str(run / "genotype.json")).normal
+               ) >= 2
+    assert run_script(lpt, "--device", "cpu", "--resume", "--out", run) == 0     # and stays so
+    assert len((run / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_darts_minus_ends_without_auxiliary_skip(tmp_path, monkeypatch):
+    seen, new_stage = [], ops.new_stage
+    monkeypatch.setattr(ops, "new_stage", lambda *a: seen.append(new_stage(*a)) or seen[-1])
+    assert search("lpt", "--base", "darts-", "--epochs", 2, "--out", tmp_path / "run") == 0
+    net = seen[0][0][0]
+    assert net.knobs.auxiliary == 0 and any("auxiliary" in name for name, _ in
+                                            net.named_parameters())
+    cell = genotypes.load(str(tmp_path / "run" / "genotype.json"))
+    assert {op for op, _ in cell.normal + cell.reduce} <= set(genotypes.PRIMITIVES[1:])
 
 
 def finals(folder):
@@ -1120,9 +1368,9 @@ def finals(folder):
 
 
 @pytest.mark.parametrize("module,extra", [
-    (lpt, [*TINY, "--hold-out", 100]), (lpt, [*TINY, "--ablation", 1]),
+    (lpt, [*TINY, "--hold-out", 50]), (lpt, [*TINY, "--ablation", 1]),
     (il, [*SMALL, "--tasks", "synthetic:3", "synthetic:2"]), (lease, TINY),
-    (evaluate, [*TINY, "--arch", "random:1", "--drop-path", 0.5, "--hold-out", 300])],
+    (evaluate, [*TINY, "--arch", "random:1", "--drop-path", 0.5, "--hold-out", 60])],
     ids=["lpt", "ablation 1", "il", "lease", "evaluate"])
 def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -1152,7 +1400,8 @@ BAD = [
     (lpt, ["--batch-size", "many"]), (lpt, ["--lambda", -1]), (lpt, ["--lambda", "nan"]),
     (lpt, ["--gamma", "inf"]), (lpt, ["--layers", 2]), (lpt, ["--seed", -1]), (lpt, ["--nonsense"]),
     (lpt, [*TINY, "--batch-size", 5000]), (lpt, ["--resume", "--out", "nowhere"]),
-    (lpt, ["--dataset", "folder", "--data", "nowhere"]), (lpt, ["--dataset", "imagenet", "--data", "nowhere"]),
+    (lpt, ["--dataset", "folder", "--data", "nowhere"]),
+    (lpt, ["--dataset", "imagenet", "--data", "nowhere"]),
     (lpt, ["--dataset", "cifar10", "--image-size", 64]), (lpt, ["--dataset", "cifar100"]),
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
@@ -1239,6 +1488,228 @@ def test_scripts_stand_alone():
         done = subprocess.run([sys.executable, *strict, HERE / f"{name}.py", "--help"],
                               capture_output=True, text=True)
         assert done.returncode == 0 and "--out" in done.stdout and not done.stderr
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def own_part(batch):
+    """A rank's part of a batch."""
+    n = len(batch[0]) // ops.world_size()
+    return tuple(t[ops.rank() * n:(ops.rank() + 1) * n] for t in batch)
+
+
+@torch.no_grad()
+def settle(net, *inputs):
+    """The network in evaluation mode, with its BatchNorm statistics those of the inputs."""
+    norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.momentum = 1.0
+    net.train()(*inputs)
+    net.eval()
+
+
+def shared_gradients():
+    """A's (and C's) gradients of the three methods on supernets in evaluation mode; each process
+    has its part of the batches."""
+    m, batches = supernet_problem()
+    settle(m.testee, batches[0][0], m.alphas)
+    settle(m.tester, batches[0][0])
+    m.tester_opt.param_groups[0]["lr"] = 1e-4                      # small enough in this mode
+    found = [*lpt.outer_gradients(m, [own_part(b) for b in batches])]
+    stages, alphas, train, val = il_problem(2, 2, supernet=True)
+    for stage, (x, _) in zip(stages, train):
+        settle(stage.net, x, alphas)
+    train, val = ([own_part(b) for b in part] for part in (train, val))
+    found += il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train, val,
+                               1.0)
+    m, train, val, delta = lease_problem(supernet=True)
+    settle(m.explainer, train[0], m.alphas)
+    settle(m.audience, train[0])
+    train, val, delta = own_part(train), own_part(val), own_part([delta])[0]
+    found += lease.outer_gradient(m, train, val, delta, lease.look_ahead(m, train, delta))
+    return [t for part in found for t in (part if isinstance(part, list) else [part])]
+
+
+def worker(job, folder, argv):
+    """One of several processes, started by `processes`."""
+    if job == "gradients":
+        ops.pick_device(argparse.Namespace(device="cpu", tf32=False, deterministic=False))
+        torch.save([t.detach() for t in shared_gradients()], folder / f"{ops.rank()}.pt")
+        return
+    make_small()
+    held, load = [], ops.Run.load
+    ops.Run.load = lambda run, parts, alphas=None: (held.append(parts), load(run, parts, alphas))
+    codes, module = [], {"lpt": lpt, "il": il, "lease": lease, "evaluate": evaluate}[job]
+    destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, int
+    codes = run_script(module, *argv)
+    torch.save({name: part.state_dict() for name, part in held[-1].items()},
+               folder / f"{ops.rank()}.pt")
+    destroy()
+    sys.exit(codes)
+
+
+def processes(job, folder, *argv, count=2):
+    """The started processes of a job."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [subprocess.Popen(
+        [sys.executable, __file__, "--worker", job, folder, "--", *map(str, argv)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+             "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+        for rank in range(count)]
+
+
+def finish(started, seconds=120):
+    """Each process's exit code, output and error output."""
+    try:
+        return [(*reversed(p.communicate(timeout=seconds)), p.returncode)[::-1] for p in started]
+    finally:
+        for p in started:
+            p.kill()
+
+
+def test_two_processes_have_one_process_gradients(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("gradients")                # with the real ResNet
+    results = finish(processes("gradients", tmp_path))
+    assert [r[0] for r in results] == [0, 0], results
+    whole = shared_gradients()
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for i, (one, first, second) in enumerate(zip(whole, a, b, strict=True)):
+        if one.ndim:
+            assert torch.equal(first, second), i
+        assert relative_error([(first + second) / 2], [one]) < 1e-10, i    # a loss is averaged
+
+
+@pytest.mark.parametrize("job,extra", [
+    ("lpt", ["--dataset", "synthetic:3"]), ("il", ["--tasks", "synthetic:3", "--rounds", 2]),
+    ("lease", ["--dataset", "synthetic:3"]),
+    ("evaluate", ["--dataset", "synthetic:3", "--arch", "random:1"])])
+def test_two_processes_stay_equal(job, extra, tmp_path):
+    small = [*extra, *SMALL, "--batch-size", 10 if job != "evaluate" else 20, "--epochs", 2]
+    results = finish(processes(job, tmp_path, *small, "--out", tmp_path / "run"))
+    assert [r[0] for r in results] == [0, 0], results
+    assert results[1][1] == "" and "epoch 2" in results[0][1]       # rank 0 alone speaks
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+
+    def tensors(state):
+        """All but BatchNorm's statistics, which are each process's own."""
+        if isinstance(state, dict):
+            return [t for k, v in state.items() for t in tensors(v) if "running" not in str(k)]
+        return [state] if torch.is_tensor(state) else []
+
+    assert len(tensors(a)) > 20 and same(tensors(a), tensors(b))
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["run"]["step"] == 20 and saved["world_size"] == 2
+    if job == "evaluate":
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["test_images"] == 100
+    assert run_script(METHODS.get(job, [evaluate])[0], "--resume", "--device", "cpu", "--out",
+                      tmp_path / "run") == 2                       # as one process
+
+
+def test_a_killed_process_ends_the_job(tmp_path):
+    started = processes("lpt", tmp_path, *TINY, "--epochs", 500, "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "log.jsonl").exists():
+        assert started[0].poll() is None and started[1].poll() is None
+        time.sleep(0.1)
+    started[1].kill()
+    begin = time.time()
+    code, _, error = finish(started[:1], 60)[0]
+    assert code == 1 and time.time() - begin < 30
+    assert "another process of this run is gone" in error and "Traceback" not in error
+
+
+def test_batches_of_processes_are_parts_of_one():
+    data = ops.synthetic(3, 8, "cpu")
+    whole = ops.Stream(data, range(100), 10, 1, "train", cutout=4)
+    for step in (0, 7):
+        x, y, rows = whole(step)
+        for k in range(2):
+            part = ops.Stream(data, range(100), 10, 1, "train", cutout=4)
+            part.part = slice(5 * k, 5 * k + 5)
+            for a, b in zip((x, y, rows), part(step)):
+                assert torch.equal(a[part.part], b)
+
+
+# --------------------------------------------------------------------------------------- ImageNet
+
+
+def imagenet_folder(root, n=12):
+    return write_folder(root, sizes=(70, 84, 66), classes=("cat", "dog", "eel"), n=n,
+                        parts=("train", "val"))
+
+
+def test_images_from_files_do_not_hang_on_the_workers(tmp_path):
+    root = imagenet_folder(tmp_path)
+    sets = [ops.load_images("imagenet", root, "cpu", 64, workers=n) for n in (0, 2, 8)]
+    rows = np.arange(36)
+    streams = [ops.Stream(data, rows, 8, 1, "train") for data in sets]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for step in (0, 1, 2, 7, 8, 3):                                # on, ahead and back
+        got = [stream(step) for stream in streams]
+        assert got[0][0].shape == (8, 3, 64, 64) and got[0][0].dtype == torch.float32
+        for other in got[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(got[0], other))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(streams[0](0)[0], streams[0](5)[0])
+    tests = [list(ops.batches(data, rows, 8)) for data in sets]
+    assert [len(x) for x, _ in tests[0]] == [8, 8, 8, 8, 4]
+    assert all(torch.equal(x, u) for (x, _), (u, _) in zip(tests[0], tests[2]))
+    image = ops.Image.open(root / "train" / "cat" / "0.png")       # 70 x 72: 73 x 75, 64 of it
+    image = ops.v2.functional.center_crop(ops.v2.functional.resize(image, [73]), [64])
+    assert torch.equal(sets[0].pixels(torch.tensor([0]))[0], ops.v2.functional.pil_to_tensor(image))
+    # a broken file is named, from a worker too
+    broken = root / "train" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    for data in sets[:2]:
+        with pytest.raises(ops.BadInput, match="dog/3.png"):
+            list(ops.batches(data, rows, 8))
+        with pytest.raises(ops.BadInput, match="dog/3.png"):
+            stream = ops.Stream(data, rows, 8, 1, "train")
+            [stream(step) for step in range(5)]
+
+
+def test_subsets_of_every_class():
+    labels = torch.arange(1000) % 5
+    train, val, held = ops.split_rows(labels, 1, 0, [0.1, 0.025])
+    assert len(train) == 100 and len(val) == 25 and not set(train) & set(val) and not len(held)
+    assert (labels[train].bincount() == 20).all() and (labels[val].bincount() == 5).all()
+    other = ops.split_rows(labels, 2, 0, [0.1, 0.025])
+    assert not np.array_equal(other[0], train)
+    assert np.array_equal(ops.split_rows(labels, 1, 0, [0.1, 0.025])[0], train)
+
+
+def test_imagenet_search_and_evaluation(tmp_path, capsys):
+    root, run = imagenet_folder(tmp_path / "data"), tmp_path / "run"
+    common = ["--dataset", "imagenet", "--data", root, "--image-size", 64, "--layers", 3,
+              "--channels", 8, "--device", "cpu", "--workers", 1]
+    assert run_script(lpt, *common, "--base", "pcdarts", "--epochs", 1, "--warm-up", 0,
+                      "--batch-size", 6, "--subsets", 0.6, 0.4, "--out", run) == 0
+    assert (run / "tests.png").exists()
+    command = capsys.readouterr().out.strip().splitlines()[-1].split()
+    assert command[2:] == ["--arch", f"{run}/genotype.json", "--dataset", "imagenet", "--data",
+                           str(root), "--image-size", "64"]
+    assert run_script(evaluate, *command[2:], *common[6:], "--epochs", 2, "--warm-up", 1,
+                      "--batch-size", 12, "--out", tmp_path / "e") == 0
+    result = json.loads((tmp_path / "e" / "result.json").read_text())
+    assert result["test_images"] == 36 and result["top5_error"] == 0 and result["drop_path"] == 0
+
+
+def test_imagenet_recipe():
+    args, _ = evaluate.get_args(["--arch", "PDARTS", "--dataset", "imagenet"])
+    assert (args.layers, args.channels, args.epochs, args.batch_size, args.weight_decay,
+            args.label_smoothing, args.drop_path, args.image_size) == (
+                14, 48, 250, 1024, 3e-5, 0.1, 0, 224)
+    rates = [evaluate.learning_rate(args, epoch) for epoch in range(250)]
+    assert np.allclose(rates[:5], [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert np.allclose(rates[5:], 0.5 * (1 - np.arange(5, 250) / 250))
+    args, _ = evaluate.get_args(["--arch", "PDARTS"])
+    assert (args.layers, args.channels, args.epochs, args.batch_size, args.cutout) == (
+        20, 36, 600, 96, 16)
+    assert evaluate.learning_rate(args, 0) == 0.025 and evaluate.learning_rate(args, 599) < 1e-6
 
 
 # ---------------------------------------------------------------------------------- the benchmark
@@ -1359,8 +1830,11 @@ if __name__ == "__main__":
     parser.add_argument("--bench", action="store_true", help="print the tables")
     parser.add_argument("--data", type=Path, help="an ImageFolder tree of 32-pixel images")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory_of:
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options, rest = parser.parse_known_args()
+    if options.worker:
+        worker(options.worker[0], Path(options.worker[1]), rest[1:])
+    elif options.memory_of:
         job = workload(options.memory_of)
         before = resident()
         job(), job()
