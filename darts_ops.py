@@ -67,19 +67,23 @@ class SeparableConv(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Two 1 x 1 convolutions of stride 2, one shifted by a pixel, side by side; `edges` of them."""
+    """Two 1 x 1 convolutions of stride 2, one shifted by a pixel, side by side; `edges` of them.
+
+    The stride is taken by slicing: on the CPU the backward pass of a strided one writes beyond its
+    memory at some shapes (8 channels, 56 x 56, channels_last; torch 2.6 and 2.15).
+    """
 
     def __init__(self, C_in, C_out, edges=1, affine=False):
         super().__init__()
         self.edges = edges
-        self.conv1 = nn.Conv2d(C_in, edges * (C_out // 2), 1, 2, bias=False)
-        self.conv2 = nn.Conv2d(C_in, edges * (C_out - C_out // 2), 1, 2, bias=False)
+        self.conv1 = nn.Conv2d(C_in, edges * (C_out // 2), 1, bias=False)
+        self.conv2 = nn.Conv2d(C_in, edges * (C_out - C_out // 2), 1, bias=False)
         self.norm = BatchNorm(edges * C_out, affine=affine)
 
     def forward(self, x, weight=None):
-        H, W = x.shape[2:]
-        shifted = F.pad(x, (-1, W % 2, -1, H % 2))                # an odd map is padded to even
-        halves = zip(self.conv1(x).chunk(self.edges, 1), self.conv2(shifted).chunk(self.edges, 1))
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))      # an odd map is padded to even
+        halves = zip(self.conv1(x[:, :, ::2, ::2]).chunk(self.edges, 1),
+                     self.conv2(x[:, :, 1::2, 1::2]).chunk(self.edges, 1))
         return self.norm(torch.cat([half for pair in halves for half in pair], 1), weight)
 
 
@@ -972,7 +976,8 @@ def data_arguments(parser):
     add("--hold-out", type=number(int, 0), default=0,
         help="training images kept for evaluate.py to test on; Skillearn's lambda study has 5000 "
              "(§3.2.4)")
-    add("--workers", type=number(int, 0), default=4, help="processes that read ImageNet's files")
+    add("--workers", type=number(int, 0), default=min(4, os.cpu_count()),
+        help="processes that read ImageNet's files")
 
 
 def search_arguments(parser):
@@ -1103,7 +1108,8 @@ def parse(parser, argv, method: str, recipe):
             raise BadInput(f"--resume: the run in {out} has world_size = "
                            f"{checkpoint['world_size']}; start as many processes")
     elif (not getattr(args, "count_params", False)                # which writes nothing
-          and args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir()))):
+          and args.out.exists() and (not args.out.is_dir() or any(
+              path.suffix != ".tmp" for path in args.out.iterdir()))):
         raise BadInput(f"{args.out} is not an empty folder: give another --out, or --resume to go "
                        "on from its checkpoint")
     return args, checkpoint
@@ -1184,25 +1190,29 @@ def write_checkpoint(folder: Path, content: dict):
     path = folder / "checkpoint.pt"
     body += hashlib.sha256(body).hexdigest().encode()
     write(folder / "checkpoint.new.pt", body)
-    if path.exists():
+    if path.exists() and intact(path.read_bytes()):               # a damaged one takes no place
         os.replace(path, folder / "checkpoint.previous.pt")
     os.replace(folder / "checkpoint.new.pt", path)
+
+
+def intact(body: bytes) -> bool:
+    return hashlib.sha256(body[:-64]).hexdigest().encode() == body[-64:]
 
 
 def read_checkpoint(folder: Path) -> dict:
     """The newest good checkpoint of a run folder. Raises BadInput."""
     problems = []
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+    for name in ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt"):
         path = folder / name
         try:
             body = path.read_bytes()
-            if hashlib.sha256(body[:-64]).hexdigest().encode() != body[-64:]:
+            if not intact(body):
                 raise ValueError("its checksum is wrong")
             content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
             if not isinstance(content, dict) or not {"method", "args", "run"} <= content.keys():
                 raise ValueError("it is no checkpoint of a run")
         except FileNotFoundError:
-            problems.append(f"there is no {path}")
+            problems += [f"there is no {path}"] if name == "checkpoint.pt" else []
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             problems.append(f"{path} is damaged: {error}")
         else:
@@ -1292,6 +1302,8 @@ class Run:
                 raise BadInput(f"--resume: the checkpoint in {self.args.out} does not fit: "
                                f"{error}") from None
             self.checkpoint = None
+        elif not self.state["step"]:                              # so that --resume always can
+            self.save()
 
     def save(self):
         write_checkpoint(self.args.out, {

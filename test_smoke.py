@@ -5,13 +5,22 @@
 """
 
 import argparse
+import copy
+import errno
+import itertools
 import json
+import math
 import os
 import pickle
+import random
+import re
+import shutil
+import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import xml.etree.ElementTree
@@ -1490,6 +1499,336 @@ def test_scripts_stand_alone():
         assert done.returncode == 0 and "--out" in done.stdout and not done.stderr
 
 
+# ------------------------------------------------------------------------------------ reliability
+
+RUNS = {                                # what is killed, resumed and compared
+    "lpt": (lpt, [*TINY, "--epochs", 2]),
+    "il": (il, [*SMALL, "--tasks", "synthetic:3", "--base", "pdarts", "--layers", 3, 4, "--epochs",
+                1, "--warm-up", 0, "--candidates", 8, 5, "--skip-dropout", 0.3, 0.3]),
+    "lease": (lease, [*TINY, "--epochs", 2]),
+    "evaluate": (evaluate, [*TINY, "--arch", "random:1", "--drop-path", 0.5, "--epochs", 3]),
+}
+
+
+def child(job, *argv):
+    """Fork a process that runs a script; of use where torch has started no threads yet."""
+    pid = os.fork()
+    if pid == 0:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1), os.dup2(nothing.fileno(), 2)
+        try:
+            code = run_script(RUNS[job][0], *argv)
+        except BaseException:
+            code = 99
+        os._exit(code)
+    return pid
+
+
+def wait(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kills(job, folder, count, seed):
+    """`count` kills of runs of a script at random times, half of them SIGKILL, a quarter SIGTERM
+    and SIGINT; every run is resumed until it ends, and must end as one that nobody disturbed."""
+    make_small()
+    rng, argv = random.Random(seed), [*RUNS[job][1], "--checkpoint-minutes", 0]
+    begin = time.time()
+    assert wait(child(job, *argv, "--out", folder / "whole")) == 0
+    seconds, whole, done, slowest, n = time.time() - begin, finals(folder / "whole"), 0, 0.0, 0
+    while done < count:
+        n, code = n + 1, None
+        cut = folder / f"cut{n}"
+        while code != 0:
+            saved = any(cut.glob("checkpoint*.pt")) if cut.exists() else False
+            pid = child(job, *(["--resume", "--device", "cpu"] if saved else argv), "--out", cut)
+            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            if done < count:
+                time.sleep(rng.uniform(0.05, 0.6 * seconds))
+                begin, ended = time.time(), os.waitpid(pid, os.WNOHANG)
+                if ended[0]:
+                    code = os.waitstatus_to_exitcode(ended[1])
+                    assert code == 0, code
+                    continue
+                os.kill(pid, number)
+                done += 1
+            code = wait(pid)
+            if code:
+                slowest = max(slowest, time.time() - begin)
+                assert code in (-number, 128 + number), code
+                assert number == signal.SIGKILL or code > 0
+        assert same(finals(cut), whole), cut
+        shutil.rmtree(cut)
+    return {"job": job, "kills": done, "runs": n, "slowest stop": round(slowest, 2)}
+
+
+@pytest.mark.parametrize("jobs", [("lpt", "il"), ("lease", "evaluate")], ids=" ".join)
+def test_killed_runs_end_as_undisturbed_ones(jobs, tmp_path):
+    started = [subprocess.Popen([sys.executable, __file__, "--kills", "15", job], text=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE) for job in jobs]
+    for job, (code, out, error) in zip(jobs, finish(started, 300)):
+        assert code == 0, error
+        found = json.loads(out)
+        assert found["job"] == job and found["kills"] == 15 and found["slowest stop"] < 10
+
+
+def interrupted(module, argv, folder, monkeypatch, saves):
+    """A run that is stopped as if by a kill after its n-th checkpoint, n in saves; the content of
+    the checkpoints then."""
+    write, found = ops.write_checkpoint, []
+
+    def interrupt(where, content):
+        write(where, content)
+        found.append(ops.read_checkpoint(where))
+        if len(found) == max(saves):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "write_checkpoint", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(module, *argv, "--out", folder)
+    monkeypatch.setattr(ops, "write_checkpoint", write)
+    return [found[n - 1] for n in saves]
+
+
+def test_every_saved_field_is_needed(tmp_path, monkeypatch):
+    """With one field of a checkpoint as it was in the beginning a run ends elsewhere, or not."""
+    argv = [*TINY, "--base", "pdarts", "--layers", 3, 4, "--epochs", 1, "--warm-up", 0,
+            "--candidates", 8, 5, "--skip-dropout", 0.3, 0.3, "--batch-size", 40,
+            "--checkpoint-minutes", 0]
+    assert run_script(lpt, *argv, "--out", tmp_path / "whole") == 0
+    whole = finals(tmp_path / "whole")
+    first, second, late = interrupted(lpt, argv, tmp_path / "cut", monkeypatch, (1, 2, 6))
+    assert late["run"]["stage"] == 1 and late["run"]["step"] == 5 and late["run"]["sums"]
+
+    def resumed(changed):
+        ops.write_checkpoint(tmp_path / "cut", changed)
+        code = run_script(lpt, "--resume", "--device", "cpu", "--out", tmp_path / "cut")
+        return code == 0 and same(finals(tmp_path / "cut"), whole)
+
+    assert resumed(late)
+    fields = [("run", f) for f in late["run"] if f not in ("seconds", "stopped")]
+    fields += [("parts", f) for f in late["parts"]]
+    for group, field in fields:
+        early = {"testee": None, "testee_opt": None}.get(field, first[group].get(field))
+        changed = {**late, group: {**late[group], field: early}}
+        if early is None:                                          # of another shape in stage 2
+            fresh = {k: torch.zeros_like(v) for k, v in late["parts"]["testee"].items()}
+            changed["parts"][field] = fresh if field == "testee" else {
+                **late["parts"][field], "state": {}}
+        assert not resumed(changed), field
+    assert not resumed({k: v for k, v in late.items() if k != "parts"} | {"parts": {}})
+
+
+def test_signals_save_and_end_a_run(tmp_path):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        run = tmp_path / str(code)
+        process = subprocess.Popen(
+            [sys.executable, HERE / "lpt.py", *map(str, TINY), "--epochs", "500", "--out", run],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        assert "peak memory" in iter(process.stdout.readline, None).__next__() + "".join(
+            itertools.islice(process.stdout, 1))
+        time.sleep(1)
+        os.killpg(process.pid, number)
+        begin = time.time()
+        _, error = process.communicate(timeout=20)
+        assert process.returncode == code and time.time() - begin < 10
+        assert error.count("\n") == 1 and "--resume goes on" in error
+        saved = ops.read_checkpoint(run)["run"]["step"]
+        assert f"after step {saved};" in error and saved > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("method", [*METHODS, "evaluate"])
+def test_what_is_not_finite_is_not_saved(method, value, tmp_path, monkeypatch, capsys):
+    """One loss of the third step is NaN or infinite: every second one, every fifth."""
+    module, images = METHODS.get(method, (evaluate, ["--dataset", "synthetic:3", "--arch",
+                                                     "random:1"]))
+    loss, calls, poison = F.cross_entropy, [0], [0]
+
+    def cross_entropy(*args, **kw):
+        calls[0] += 1
+        found = loss(*args, **kw)
+        return found * value if calls[0] == poison[0] else found
+
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    log, ends = ops.Run.log, []
+    monkeypatch.setattr(ops.Run, "log", lambda run, **kw: (ends.append(calls[0]),
+                                                           log(run, **kw))[1])
+    argv = [*images, *SMALL, "--checkpoint-minutes", 0, "--epochs", 2]
+    assert run_script(module, *argv, "--out", tmp_path / "whole") == 0
+    of_step = range(ends[1] + 1, ends[2] + 1)
+    assert len(of_step) >= (2 if method == "evaluate" else 5)
+    for n in list(of_step)[::2 if math.isnan(value) else 5]:
+        calls[0], poison[0], run = 0, n, tmp_path / str(n)
+        capsys.readouterr()
+        assert run_script(module, *argv, "--out", run) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "not finite" in error and "step 3" in error
+        saved = ops.read_checkpoint(run)
+        assert saved["run"]["step"] == 2
+        assert all(torch.isfinite(t).all() for t in finals(run) if torch.is_tensor(t))
+
+
+def test_descend_refuses_what_is_not_finite():
+    for poison in ("loss", "gradient", "weight"):
+        w, g, loss = torch.ones(3), torch.ones(3), torch.tensor(1.0)
+        optimizer = torch.optim.SGD([w], lr=1e38 if poison == "weight" else 0.1)
+        if poison == "weight":
+            g *= 10
+        else:
+            (loss if poison == "loss" else g[1:2]).fill_(math.nan)
+        with pytest.raises(ops.NotFinite, match="the testee"):
+            ops.descend(optimizer, [w], [g], learner="the testee", loss=loss)
+        assert poison == "weight" or torch.equal(w, torch.ones(3))
+
+
+@pytest.fixture
+def saved_run(tmp_path):
+    """A run folder with a good checkpoint and the one before it."""
+    run = tmp_path / "run"
+    assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out", run) == 0
+    return run
+
+
+def test_damaged_checkpoints_are_seen(saved_run, capsys):
+    path, previous = saved_run / "checkpoint.pt", saved_run / "checkpoint.previous.pt"
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    assert torch.load(path, weights_only=True)["method"] == "evaluate"            # a plain archive
+    held = previous.read_bytes()
+    damaged = [good[:n] for n in rng.integers(len(good), size=200)]
+    for at, bit in zip(rng.integers(len(good), size=200), rng.integers(8, size=200)):
+        body = bytearray(good)
+        body[at] ^= 1 << int(bit)
+        damaged.append(bytes(body))
+    previous.unlink()
+    for body in damaged:
+        path.write_bytes(body)
+        with pytest.raises(ops.BadInput, match="checkpoint.pt is damaged"):
+            ops.read_checkpoint(saved_run)
+    previous.write_bytes(held)                                     # the one before it is good
+    capsys.readouterr()
+    assert run_script(evaluate, "--resume", "--device", "cpu", "--out", saved_run) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{path} is damaged" in error and f"from {previous}" in error
+    path.unlink()
+    assert run_script(evaluate, "--resume", "--device", "cpu", "--out", saved_run) == 0
+    for name in (path, previous):
+        name.write_bytes(b"")
+    assert run_script(evaluate, "--resume", "--out", saved_run) == 2
+
+
+def test_no_pickle_is_executed(saved_run, tmp_path, capsys):
+    marker = tmp_path / "executed"
+
+    class Malicious:
+        def __init__(self, *call):
+            self.call = call
+
+        def __reduce__(self):
+            return self.call
+
+    calls = [(os.system, (f"touch {marker}",)), (Path.touch, (marker,)), (open, (marker, "w")),
+             (eval, (f"open({str(marker)!r}, 'w')",)), (exec, (f"open({str(marker)!r}, 'w')",))]
+    content = torch.load(saved_run / "checkpoint.pt", weights_only=True)
+    (saved_run / "checkpoint.previous.pt").unlink()
+    tried = 0
+    for call in calls:
+        bodies = [pickle.dumps(Malicious(*call), protocol) for protocol in (2, 4)]
+        for place in ({**content, "args": Malicious(*call)}, Malicious(*call)):
+            ops.write_checkpoint(saved_run, place)                 # with a right checksum
+            bodies.append((saved_run / "checkpoint.pt").read_bytes())
+        for body in bodies:
+            (saved_run / "checkpoint.pt").write_bytes(body)
+            (saved_run / "checkpoint.previous.pt").unlink(missing_ok=True)
+            assert run_script(evaluate, "--resume", "--out", saved_run) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+            tried += 1
+    assert tried == 20 and not marker.exists()
+    for name in ("darts_ops", "lpt", "il", "lease", "evaluate", "genotypes"):
+        source = (HERE / f"{name}.py").read_text()
+        assert "weights_only=False" not in source and "pickle.load" not in source
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(tmp_path, capsys, monkeypatch):
+    runs = {"lpt": (lpt, [*TINY, "--epochs", 1]),
+            "il": (il, [*SMALL, "--tasks", "synthetic:3", "--epochs", 1])}
+    for name, (module, argv) in runs.items():
+        assert run_script(module, *argv, "--out", tmp_path / name) == 0
+    for name, change, word in (
+            ("lpt", ["--seed", 2], "seed"), ("lpt", ["--base", "pcdarts"], "base"),
+            ("lpt", ["--epochs", 2], "epochs"), ("lpt", ["--dataset", "synthetic:4"], "dataset"),
+            ("lpt", ["--amp", "bf16"], "amp"), ("il", ["--tasks", "synthetic:4"], "tasks"),
+            ("il", ["--tasks", "synthetic:3", "synthetic:3"], "tasks"),
+            ("il", ["--coupling", 1], "lam")):
+        capsys.readouterr()
+        before = tree(tmp_path / name)
+        assert run_script(runs[name][0], "--resume", "--device", "cpu", *change, "--out",
+                          tmp_path / name) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1 and before == tree(tmp_path / name)
+    assert run_script(il, "--resume", "--out", tmp_path / "lpt") == 2
+    assert "run of lpt.py" in capsys.readouterr().err
+    few = ops.synthetic
+
+    def other(*args):
+        data = few(*args)
+        data.images[0] += 1
+        return data
+
+    monkeypatch.setattr(ops, "synthetic", other)
+    assert run_script(lpt, "--resume", "--device", "cpu", "--out", tmp_path / "lpt") == 2
+    assert "the data is not that" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_script(lpt, "--resume", "--out", tmp_path / "lpt") == 2
+    assert "world_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   OSError(errno.EROFS, "Read-only file system"),
+                                   torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+                         ids=str)
+def test_what_ends_a_run_leaves_its_files(error, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        if (tmp_path / "run" / "log.jsonl").exists():
+            raise error
+        return real(*args)
+
+    where = (os, "fsync") if isinstance(error, OSError) else (ops, "virtual_weights")
+    real = getattr(*where)
+    monkeypatch.setattr(*where, fail)
+    monkeypatch.setattr(lpt, "virtual_weights", ops.virtual_weights)
+    assert run_script(lpt, *TINY, "--epochs", 3, "--out", tmp_path / "run") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(error) in message
+    assert isinstance(error, OSError) or "lower --batch-size" in message
+    assert ops.read_checkpoint(tmp_path / "run")["run"]["step"] in (0, 2)
+
+
+def test_same_seed_same_bits_other_seed_others(tmp_path):
+    argv = [*TINY, "--epochs", 1]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run_script(lpt, *argv, "--seed", seed, "--out", tmp_path / name) == 0
+    a, b, c = (finals(tmp_path / name) for name in "abc")
+    assert same(a, b) and not same(a, c)
+
+
+@pytest.mark.parametrize("module", [lpt, il, lease, evaluate], ids=lambda m: m.__name__)
+def test_every_number_is_checked(module, capsys):
+    """Each flag that takes a number, with what is none or out of range."""
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    page, tried = capsys.readouterr().out, 0
+    words = {"--dataset", "--data", "--out", "--arch", "--tasks"}
+    for name in sorted(set(re.findall(r"^  (--[a-z0-9-]+) [A-Z{]", page, re.M)) - words):
+        for value in ("-1", "nan", "x", ""):
+            assert run_script(module, name, value) == 2, (name, value)
+            assert name in (error := capsys.readouterr().err) and error.count("\n") == 1
+            tried += 1
+    assert tried >= 60
+
+
 # ------------------------------------------------------------------------------ several processes
 
 
@@ -1641,6 +1980,7 @@ def imagenet_folder(root, n=12):
                         parts=("train", "val"))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_images_from_files_do_not_hang_on_the_workers(tmp_path):
     root = imagenet_folder(tmp_path)
     sets = [ops.load_images("imagenet", root, "cpu", 64, workers=n) for n in (0, 2, 8)]
@@ -1680,6 +2020,14 @@ def test_subsets_of_every_class():
     other = ops.split_rows(labels, 2, 0, [0.1, 0.025])
     assert not np.array_equal(other[0], train)
     assert np.array_equal(ops.split_rows(labels, 1, 0, [0.1, 0.025])[0], train)
+
+
+def test_a_strided_reduction_stays_in_its_memory():
+    """The backward pass that crashed with strided convolutions, in a process of its own."""
+    code = ("import torch, darts_ops as ops; net = ops.place(ops.FactorizedReduce(8, 8), 'cpu'); "
+            "x = torch.randn(10, 8, 56, 56).contiguous(memory_format=torch.channels_last)\n"
+            "for _ in range(10): net(x).sum().backward()")
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
 def test_imagenet_search_and_evaluation(tmp_path, capsys):
@@ -1825,22 +2173,100 @@ def bench_difference(data_dir):
         print(f"| {radius} | " + " | ".join(f"{v:.2g}" for v in line) + " |")
 
 
+def cosine(a, b):
+    a, b = (torch.cat([t.flatten().double().cpu() for t in part]) for part in (a, b))
+    return F.cosine_similarity(a, b, 0).item()
+
+
+def bench_precision(data_dir, device):
+    """How far the outer gradient's direction is from float64's at the same radius, as a table."""
+    data = ops.load_images("folder" if data_dir else "synthetic", data_dir, device)
+    n, settings = len(data.classes), {"float32": (False, False), "--amp bf16": (True, False),
+                                      "--amp bf16-all": (True, True)}
+    if device.type == "cuda":
+        settings["--tf32"] = (False, False)
+    rows = ops.split_rows(data.labels, 1)
+    streams = [ops.Stream(data, rows[name != "train"], 16, 1, name)
+               for name in ("train", "bank", "val")]
+    print(f"1 - cosine of the outer gradient with float64's, radius 0.01, order 2, C 8, 4 cells, "
+          f"batch 16, {data_dir or 'synthetic images'}\n")
+    print("| | " + " | ".join(settings) + " |\n|---" + "|---" * len(settings) + "|")
+    for method, when in itertools.product(("LPT", "IL", "LeaSE"), (0, 30)):
+        torch.manual_seed(1)
+        nets = [ops.place(ops.Supernet(8, n, 4), device) for _ in range(2 if method == "IL" else 1)]
+        other = ops.place(lpt.Tester("resnet18", n) if method == "LPT" else
+                          torchvision.models.resnet18(num_classes=n), device)
+        alphas = ops.initial_alphas(device)
+        creator = list(nn.Linear(512, 1).to(device).parameters())
+        for step in range(when):                                   # of the weights alone
+            x, y, _ = streams[0](step)
+            for net in [*nets, other]:
+                logits = net(x, alphas) if net is not other else net(x)
+                loss = F.cross_entropy(logits[0] if method == "LPT" and net is other else logits, y)
+                w = list(net.parameters())
+                opt = torch.optim.SGD(w, 0.025)
+                ops.descend(opt, w, ops.grad(loss, w), 5.0)
+
+        def gradients(dtype, train, outer):
+            def cast(tensors):
+                return [nn.Parameter(t.detach().to(dtype)) for t in tensors]
+            *mine, his = [copy.deepcopy(net).to(dtype) for net in [*nets, other]]
+            opts = [torch.optim.SGD(net.parameters(), 0.025) for net in [*mine, his]]
+            a, c = cast(alphas), cast(creator)
+            batches = [(x.to(dtype), y, i) for x, y, i in (stream(100) for stream in streams)]
+            (x, y), val = batches[0][:2], batches[2][:2]
+            if method == "LPT":
+                with ops.autocast(device, outer):
+                    return lpt.outer_gradients(lpt.Learners(mine[0], a, opts[0], his, c, opts[1]),
+                                               batches)[:2]
+            if method == "IL":
+                stages = [il.Stage(0, net, opt) for net, opt in zip(mine, opts)]
+                with ops.autocast(device, train):
+                    grads = stage_gradients(stages, a, [(x, y)] * 2)
+                with ops.autocast(device, outer):
+                    return il.outer_gradient(stages, a, grads, [(x, y)] * 2, [val], 100.0)[:1]
+            m = lease.Learners(mine[0], a, opts[0], his, opts[1])
+            delta = lease.random_delta(x.shape, 0.01, device, 1, 0).to(dtype)
+            with ops.autocast(device, train):
+                ahead = lease.look_ahead(m, (x, y), delta)
+            with ops.autocast(device, outer):
+                return lease.outer_gradient(m, (x, y), val, delta, ahead)[:1]
+
+        exact, found = gradients(torch.float64, False, False), {}
+        for name, (train, outer) in settings.items():
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = "tf32" in name
+            found[name] = gradients(torch.float32, train, outer)
+        for i, player in enumerate("AC"[:len(exact)]):
+            cells = [f"{1 - cosine(got[i], exact[i]):.1e}" for got in found.values()]
+            print(f"| {method}, {player}, after {when} steps | " + " | ".join(cells) + " |",
+                  flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The benchmark; the tests run under pytest.")
     parser.add_argument("--bench", action="store_true", help="print the tables")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; cuda: the precisions alone")
     parser.add_argument("--data", type=Path, help="an ImageFolder tree of 32-pixel images")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--kills", nargs=2, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args()
     if options.worker:
         worker(options.worker[0], Path(options.worker[1]), rest[1:])
+    elif options.kills:
+        count, job = options.kills
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(kills(job, Path(folder), int(count), int(count))))
     elif options.memory_of:
         job = workload(options.memory_of)
         before = resident()
         job(), job()
         print(resident() - before)
     elif options.bench:
-        bench_speed()
-        bench_difference(options.data)
+        device = torch.device(options.device)
+        if device.type == "cpu":
+            bench_speed()
+            bench_difference(options.data)
+        bench_precision(options.data, device)
     else:
         parser.error("give --bench, or run python -m pytest test_smoke.py")
