@@ -1,7 +1,8 @@
 """Tests: every gradient, network and file against an oracle, then small runs from end to end.
 
     python -m pytest -q test_smoke.py
-    python test_smoke.py --bench         # supernet speed and memory; what the difference measures
+    python test_smoke.py --bench         # speed, memory, what the difference measures, precision
+    python test_smoke.py --soak          # 600 kills and 2,000 damages
 """
 
 import argparse
@@ -1189,6 +1190,7 @@ def test_folder_of_images(tmp_path):
 
 SMALL = ["--image-size", "8", "--layers", "3", "--channels", "2", "--batch-size", "50",
          "--device", "cpu"]
+FILES = {"genotype.json", "checkpoint.pt", "checkpoint.previous.pt", "cells.svg", "log.jsonl"}
 TINY = ["--dataset", "synthetic:3", *SMALL]
 
 
@@ -1239,8 +1241,7 @@ def test_lpt_search_then_evaluation(ablation, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     assert run_script(lpt, *TINY, "--epochs", 1, "--ablation", ablation, "--out", run) == 0
-    assert {p.name for p in run.iterdir()} == {"genotype.json", "checkpoint.pt", "cells.svg",
-                                               "tests.png", "log.jsonl"}
+    assert {p.name for p in run.iterdir()} == {*FILES, "tests.png"}
     line = json.loads((run / "log.jsonl").read_text())
     assert line["epoch"] == 1 and 0 < line["selection"] < 1 and 0 <= line["val_accuracy"] <= 1
     assert ops.Image.open(run / "tests.png").size[0] > 1000
@@ -1261,8 +1262,7 @@ def test_lpt_search_then_evaluation(ablation, tmp_path, monkeypatch, capsys):
 def test_il_and_lease_searches(module, extra, picture, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_script(module, *SMALL, *extra, "--epochs", 1, "--out", run) == 0
-    assert {p.name for p in run.iterdir()} == {"genotype.json", "checkpoint.pt", "cells.svg",
-                                               "log.jsonl", *([picture] if picture else [])}
+    assert {p.name for p in run.iterdir()} == {*FILES, *([picture] if picture else [])}
     command = capsys.readouterr().out.strip().splitlines()[-1].split()
     assert command[:2] == ["python", "evaluate.py"] and "synthetic" in command[5]
     state = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -1319,7 +1319,7 @@ def test_epochs_without_architecture_leave_both_players_alone(tmp_path, monkeypa
         states.append(pickle.loads(pickle.dumps(content["parts"]))),
         write_checkpoint(folder, content)))
     assert search("lpt", "--warm-up", 1, "--epochs", 2, "--out", tmp_path / "run") == 0
-    first, second = states
+    _, first, second = states                                      # the first is of the beginning
     alpha = [first["outer"]["0"], first["outer"]["2"]]
     assert alpha[0].abs().max() < 6e-3 and not first["alpha_opt"]["state"]        # as they began
     assert not first["creator_opt"]["state"] and second["creator_opt"]["state"]
@@ -1562,15 +1562,34 @@ def kills(job, folder, count, seed):
     return {"job": job, "kills": done, "runs": n, "slowest stop": round(slowest, 2)}
 
 
-@pytest.mark.parametrize("jobs", [("lpt", "il"), ("lease", "evaluate")], ids=" ".join)
-def test_killed_runs_end_as_undisturbed_ones(jobs, tmp_path):
-    started = [subprocess.Popen([sys.executable, __file__, "--kills", "15", job], text=True,
+def killed(count, *jobs):
+    """kills of several jobs at once, each in a process that has started no threads."""
+    started = [subprocess.Popen([sys.executable, __file__, "--kills", str(count), job], text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE) for job in jobs]
-    for job, (code, out, error) in zip(jobs, finish(started, 300)):
+    for job, (code, out, error) in zip(jobs, finish(started, 20 * count)):
         assert code == 0, error
         found = json.loads(out)
-        assert found["job"] == job and found["kills"] == 15 and found["slowest stop"] < 10
+        assert found["job"] == job and found["kills"] == count and found["slowest stop"] < 10
+        yield found
+
+
+def soak(count):
+    """A long run of the kills and damages: `count` kills of each script."""
+    for jobs in (("lpt", "il"), ("lease", "evaluate")):
+        for found in killed(count, *jobs):
+            print(found, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        make_small()
+        assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out",
+                          f"{folder}/run") == 0
+        (Path(folder) / "run" / "checkpoint.previous.pt").unlink()
+        print(damages_seen(Path(folder) / "run" / "checkpoint.pt", 1000), "damages seen of 2000")
+
+
+@pytest.mark.parametrize("jobs", [("lpt", "il"), ("lease", "evaluate")], ids=" ".join)
+def test_killed_runs_end_as_undisturbed_ones(jobs):
+    assert sum(found["kills"] for found in killed(15, *jobs)) == 30
 
 
 def interrupted(module, argv, folder, monkeypatch, saves):
@@ -1641,7 +1660,7 @@ def test_signals_save_and_end_a_run(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("method", [*METHODS, "evaluate"])
 def test_what_is_not_finite_is_not_saved(method, value, tmp_path, monkeypatch, capsys):
-    """One loss of the third step is NaN or infinite: every second one, every fifth."""
+    """One loss of the third step is NaN or infinite: some of them in turn."""
     module, images = METHODS.get(method, (evaluate, ["--dataset", "synthetic:3", "--arch",
                                                      "random:1"]))
     loss, calls, poison = F.cross_entropy, [0], [0]
@@ -1659,7 +1678,7 @@ def test_what_is_not_finite_is_not_saved(method, value, tmp_path, monkeypatch, c
     assert run_script(module, *argv, "--out", tmp_path / "whole") == 0
     of_step = range(ends[1] + 1, ends[2] + 1)
     assert len(of_step) >= (2 if method == "evaluate" else 5)
-    for n in list(of_step)[::2 if math.isnan(value) else 5]:
+    for n in list(of_step)[::4 if math.isnan(value) else 8]:
         calls[0], poison[0], run = 0, n, tmp_path / str(n)
         capsys.readouterr()
         assert run_script(module, *argv, "--out", run) == 1
@@ -1691,21 +1710,26 @@ def saved_run(tmp_path):
     return run
 
 
-def test_damaged_checkpoints_are_seen(saved_run, capsys):
-    path, previous = saved_run / "checkpoint.pt", saved_run / "checkpoint.previous.pt"
-    good, rng = path.read_bytes(), np.random.default_rng(0)
-    assert torch.load(path, weights_only=True)["method"] == "evaluate"            # a plain archive
-    held = previous.read_bytes()
-    damaged = [good[:n] for n in rng.integers(len(good), size=200)]
-    for at, bit in zip(rng.integers(len(good), size=200), rng.integers(8, size=200)):
-        body = bytearray(good)
-        body[at] ^= 1 << int(bit)
-        damaged.append(bytes(body))
-    previous.unlink()
+def damages_seen(path, count):
+    """How many of `count` truncations and as many flipped bits of a checkpoint are refused."""
+    good, rng, seen = path.read_bytes(), np.random.default_rng(0), 0
+    damaged = [good[:n] for n in rng.integers(len(good), size=count)]
+    for at, bit in zip(rng.integers(len(good), size=count), rng.integers(8, size=count)):
+        damaged.append(good[:at] + bytes([good[at] ^ 1 << int(bit)]) + good[at + 1:])
     for body in damaged:
         path.write_bytes(body)
         with pytest.raises(ops.BadInput, match="checkpoint.pt is damaged"):
-            ops.read_checkpoint(saved_run)
+            ops.read_checkpoint(path.parent)
+        seen += 1
+    return seen
+
+
+def test_damaged_checkpoints_are_seen(saved_run, capsys):
+    path, previous = saved_run / "checkpoint.pt", saved_run / "checkpoint.previous.pt"
+    assert torch.load(path, weights_only=True)["method"] == "evaluate"            # a plain archive
+    held = previous.read_bytes()
+    previous.unlink()
+    assert damages_seen(path, 200) == 400
     previous.write_bytes(held)                                     # the one before it is good
     capsys.readouterr()
     assert run_script(evaluate, "--resume", "--device", "cpu", "--out", saved_run) == 0
@@ -2249,10 +2273,14 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, help="an ImageFolder tree of 32-pixel images")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--soak", type=int, nargs="?", const=150,
+                        help="kill each script so many times (150), then damage checkpoints")
     parser.add_argument("--kills", nargs=2, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args()
     if options.worker:
         worker(options.worker[0], Path(options.worker[1]), rest[1:])
+    elif options.soak:
+        soak(options.soak)
     elif options.kills:
         count, job = options.kills
         with tempfile.TemporaryDirectory() as folder:
@@ -2269,4 +2297,4 @@ if __name__ == "__main__":
             bench_difference(options.data)
         bench_precision(options.data, device)
     else:
-        parser.error("give --bench, or run python -m pytest test_smoke.py")
+        parser.error("give --bench or --soak, or run python -m pytest test_smoke.py")
