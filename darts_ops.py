@@ -561,7 +561,7 @@ def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
 
 def mixed_seed(*keys: int) -> int:
     """A 64-bit seed from several numbers."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_all(*keys: int):

@@ -137,8 +137,8 @@ def get_args(argv=None):
     add("--joint", action=ops.flag, default=False, help="the baseline JL: one round, no coupling")
     ops.search_arguments(parser)
     args, checkpoint = ops.parse_search(parser, argv, "il", {                      # §4.3.1
-        "darts-2nd": {"alpha_lr": 3e-5}, "pdarts": {"batch_size": 64},
-        "pcdarts": {"alpha_lr": 3e-3}})
+        "darts-1st": {"alpha_lr": 3e-5}, "darts-2nd": {"alpha_lr": 3e-5},
+        "pdarts": {"batch_size": 64}, "pcdarts": {"alpha_lr": 3e-3}})
     if args.step == "printed" and not args.joint and 2 * max(args.lr, args.lr_min) * args.lam >= 1:
         raise ops.BadInput(f"--step printed diverges: 2 eta lambda = "
                            f"{2 * max(args.lr, args.lr_min) * args.lam:g} must stay below 1; lower "
