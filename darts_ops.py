@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -292,7 +293,7 @@ class Supernet(nn.Module):
         super().__init__()
         if C % (2 * partial):
             raise BadInput(f"--channels {C}: must be a multiple of {2 * partial}")
-        self.partial, self.knobs = partial, Knobs()
+        self.knobs = Knobs()
         if imagenet:
             (self.stem0, self.stem1), C_prev_prev, C_prev = imagenet_stem(C), C, C
         else:
@@ -390,16 +391,11 @@ def prune(alphas: list[Tensor], keep: int) -> list:
              for row in alpha.tolist()] for alpha in alphas[:2]]
 
 
-def skip_connections(alphas: list[Tensor]) -> int:
-    """How many of the decoded normal cell's operations are skip connections."""
-    return sum(op == "skip_connect" for op, _ in decode(alphas).normal)
-
-
 def architecture_report(alphas: list[Tensor]) -> dict:
     """Mean entropy of softmax(alpha) in nats, and skip connections in the decoded normal cell."""
     p = F.softmax(torch.cat([a.detach() for a in alphas[:2]]), -1)
     return {"alpha_entropy": torch.special.entr(p).sum(-1).mean().item(),
-            "skip_connections": skip_connections(alphas)}
+            "skip_connections": sum(op == "skip_connect" for op, _ in decode(alphas).normal)}
 
 
 # ------------------------------------------------------------------------------------------ bases
@@ -633,7 +629,7 @@ class ImageSet:
 
 
 @dataclass
-class ImageFiles(Dataset):
+class ImageFiles:
     """Labelled images in files, read when they are asked for: ImageNet."""
     folder: torchvision.datasets.ImageFolder
     labels: Tensor          # (n,) int64, on the CPU
@@ -668,8 +664,8 @@ class ImageFiles(Dataset):
     def pixels(self, rows) -> Tensor:
         return self.read(torch.as_tensor(rows).cpu().numpy())
 
-    def batch(self, rows, rng=None, cutout: int = 0, part=slice(None)) -> Tensor:
-        return self.finish(self.read(torch.as_tensor(rows).cpu().numpy(), rng, part))
+    def batch(self, rows) -> Tensor:
+        return self.finish(self.pixels(rows))
 
     def finish(self, x: Tensor) -> Tensor:
         x = normalised(x.to(self.device, non_blocking=True), self)
@@ -808,7 +804,7 @@ def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
     return *map(np.concatenate, halves), held
 
 
-class Stream(Dataset):
+class Stream:
     """Endless mini-batches of some rows of the images, shuffled without replacement and augmented.
 
     stream(step) is a pure function of (seed, name, step): x (N, 3, H, W), y (N,), rows (N,); of
@@ -836,39 +832,50 @@ class Stream(Dataset):
         return self.order[1][k]
 
     def draw(self, step: int):
-        """The rows of a step's whole batch, and the generator of its augmentation."""
+        """The rows of a step's whole batch, the generator of its augmentation, this part."""
         first = step * self.batch_size
         return (np.array([self._row(first + k) for k in range(self.batch_size)]),
-                np.random.default_rng([*self.key, 1, step]))
-
-    def __getitem__(self, step: int):                             # of files, in a worker
-        rows, rng = self.draw(step)
-        try:
-            return self.data.read(rows, rng, self.part), rows[self.part]
-        except BadInput as error:
-            return error, None
+                np.random.default_rng([*self.key, 1, step]), self.part)
 
     def __call__(self, step: int):
         if isinstance(self.data, ImageSet):
-            rows, rng = self.draw(step)
+            rows, rng, part = self.draw(step)
             rows = torch.from_numpy(rows).to(self.data.device)
-            x, rows = self.data.batch(rows, rng, self.cutout, self.part), rows[self.part]
+            x, rows = self.data.batch(rows, rng, self.cutout, part), rows[part]
             return x, self.data.labels[rows], rows
         if step != self.next:
-            self.reader = read_ahead(self, itertools.count(step), self.data.workers)
-        x, rows = next(self.reader)
+            self.reader = read_ahead(self.data, self.draw, itertools.count(step))
         self.next = step + 1
-        if rows is None:
-            raise x
-        rows, device = torch.from_numpy(rows), self.data.device
-        return self.data.finish(x), self.data.labels[rows].to(device), rows.to(device)
+        return next(self.reader)
 
 
-def read_ahead(dataset, order, workers: int):
-    """An iterator over dataset[i] for i in order, read by worker processes if there are any."""
-    return iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers,
-                           pin_memory=torch.cuda.is_available(), worker_init_fn=apart,
-                           collate_fn=same, generator=torch.Generator()))
+@dataclass
+class Reading(Dataset):
+    """What a reading process does: images i are those of draw(i), the arguments of read."""
+    data: ImageFiles
+    draw: Callable
+
+    def __getitem__(self, i):
+        rows, rng, part = self.draw(i)
+        try:
+            return self.data.read(rows, rng, part), rows[part]
+        except BadInput as error:
+            return error, None
+
+
+def read_ahead(data: ImageFiles, draw, order):
+    """x, y, rows of draw(i) for i in order, read by worker processes if there are any."""
+    answers = iter(DataLoader(Reading(data, draw), batch_size=None, sampler=order,
+                              num_workers=data.workers, pin_memory=torch.cuda.is_available(),
+                              worker_init_fn=apart, collate_fn=same, generator=torch.Generator()))
+
+    def batches():
+        for x, rows in answers:
+            if rows is None:
+                raise x
+            rows = torch.from_numpy(rows)
+            yield data.finish(x), data.labels[rows].to(data.device), rows.to(data.device)
+    return batches()
 
 
 def apart(_):
@@ -880,19 +887,6 @@ def same(item):
     return item
 
 
-@dataclass
-class Batches(Dataset):
-    """Some rows of the images in order and as they are, in batches."""
-    data: ImageSet | ImageFiles
-    rows: list
-
-    def __getitem__(self, i):
-        try:
-            return self.data.read(self.rows[i]), self.rows[i]
-        except BadInput as error:
-            return error, None
-
-
 def batches(data, rows, batch_size: int):
     """Each image of `rows` once, in order and as it is: x, y."""
     parts = [np.asarray(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
@@ -901,10 +895,9 @@ def batches(data, rows, batch_size: int):
             part = torch.from_numpy(part).to(data.device)
             yield data.batch(part), data.labels[part]
         return
-    for x, part in read_ahead(Batches(data, parts), range(len(parts)), data.workers):
-        if part is None:
-            raise x
-        yield data.finish(x), data.labels[torch.from_numpy(part)].to(data.device)
+    draws = [(part, None, slice(None)) for part in parts]
+    for x, y, _ in read_ahead(data, draws.__getitem__, range(len(parts))):
+        yield x, y
 
 
 @torch.no_grad()
@@ -1370,13 +1363,14 @@ class Run:
         The checkpoint comes last, after the step, so that an interruption repeats what is here."""
         args, state, alphas = self.args, self.state, self.alphas
         line = {"epoch": len(state["history"]) + 1}
-        line |= {name: value / self.epoch_steps for name, value in state["sums"].items()} | figures
+        line |= {name: value / self.epoch_steps for name, value in state["sums"].items()}
+        line |= (architecture_report(alphas) if alphas else {}) | figures
         for name, value in line.items():
             if not math.isfinite(value):
                 raise NotFinite(self.at(f"{name} is {value}: the run"))
         line["seconds"] = state["seconds"] + time.time() - self.lap
-        if alphas and 0 < args.stop_at_skips <= skip_connections(alphas):
-            state["stopped"] = (f"the normal cell has {skip_connections(alphas)} skip connections, "
+        if alphas and 0 < args.stop_at_skips <= line["skip_connections"]:
+            state["stopped"] = (f"the normal cell has {line['skip_connections']} skip connections, "
                                 f"--stop-at-skips is {args.stop_at_skips}")
             line["stopped"] = state["stopped"]
             print("the search ends here:", state["stopped"])

@@ -204,7 +204,7 @@ def main(argv=None):
                     lambda x: learner.net(x, alphas), tasks[learner.task], halves[learner.task][1],
                     args.batch_size)
                 learner.net.train()
-            run.end_epoch(**ops.architecture_report(alphas), **accuracies)
+            run.end_epoch(**accuracies)
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     for task in args.tasks:

@@ -267,7 +267,7 @@ def main(argv=None):
             delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
             heat = explain(explainer, alphas, e, x, delta)[0].abs().mean(1)
             explainer.train()
-            run.end_epoch(**ops.architecture_report(alphas), val_accuracy=accuracy,
+            run.end_epoch(val_accuracy=accuracy,
                           audience_val_accuracy=heard)
             if step < steps:
                 early.copy_(heat)

@@ -253,7 +253,7 @@ def main(argv=None):
                 f, hits = review(tester, creator, data, val_rows, args.batch_size)
                 tested = {"tester_val_accuracy": hits}
             testee.train(), tester.train()
-            run.end_epoch(**ops.architecture_report(alphas), val_accuracy=accuracy, **tested)
+            run.end_epoch(val_accuracy=accuracy, **tested)
             write_tests(args.out / "tests.png", data, val_rows, f)
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
