@@ -8,6 +8,7 @@ the bases' papers beside BASES; the methods' equations are in lpt.py, il.py and 
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -46,9 +47,10 @@ class BatchNorm(nn.BatchNorm2d):
     """BatchNorm that takes its weight at the call: alpha * BN(x) is BN(x) with weight alpha."""
 
     def forward(self, x, weight=None):
-        weight = self.weight if weight is None else weight
-        return F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias,
-                            self.training, self.momentum, self.eps)
+        weight, kept = self.weight if weight is None else weight, (None, None)
+        if self.track_running_stats or not self.training:
+            kept = self.running_mean, self.running_var
+        return F.batch_norm(x, *kept, weight, self.bias, self.training, self.momentum, self.eps)
 
 
 class SeparableConv(nn.Module):
@@ -88,9 +90,11 @@ class FactorizedReduce(nn.Module):
         return self.norm(torch.cat([half for pair in halves for half in pair], 1), weight)
 
 
-def relu_conv_bn(C_in, C_out, affine=False):
-    return nn.Sequential(nn.ReLU(), nn.Conv2d(C_in, C_out, 1, bias=False),
-                         BatchNorm(C_out, affine=affine))
+def preprocess(C_in, C_out, reduce=False, affine=False):
+    """A cell's input at its width and size. The ReLU in front of it is taken once, where the input
+    is made: two cells share it."""
+    return (FactorizedReduce(C_in, C_out, affine=affine) if reduce else
+            nn.Sequential(nn.Conv2d(C_in, C_out, 1, bias=False), BatchNorm(C_out, affine=affine)))
 
 
 def operation(name: str, C: int, stride: int, affine: bool) -> nn.Module:
@@ -105,22 +109,31 @@ def operation(name: str, C: int, stride: int, affine: bool) -> nn.Module:
                 nn.Sequential(nn.ReLU(), FactorizedReduce(C, C, affine=affine)))
     if name.startswith("sep_conv"):
         return nn.Sequential(nn.ReLU(), SeparableConv(C, kernel, stride, affine=affine),
-                             nn.ReLU(), SeparableConv(C, kernel, affine=affine))
+                             nn.ReLU(inplace=True), SeparableConv(C, kernel, affine=affine))
     return nn.Sequential(nn.ReLU(), SeparableConv(C, kernel, stride, 2, affine=affine))
+
+
+def nhwc(x):
+    """(N, C, H, W) -> (N, H, W, C): a view, whole in memory where x is channels_last."""
+    return x.permute(0, 2, 3, 1)
+
+
+def nchw(x):
+    return x.permute(0, 3, 1, 2)
 
 
 def phases(x):
     """The four stride-2 phases of x along the batch: (N, C, H, W) -> (4N, C, H/2, W/2).
 
-    A convolution of dilation 2 is a plain one on each phase, whose gradients cost far less.
+    A convolution of dilation 2 is a plain one on each phase, whose gradients cost far less on a
+    CPU.
     """
     return torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
 
 
 def merge_phases(x):                                              # the inverse of phases
-    x = x.permute(0, 2, 3, 1).unflatten(0, (2, 2, -1))            # (2, 2, N, H/2, W/2, C)
-    x = x.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)   # (N, H, W, C)
-    return x.permute(0, 3, 1, 2)
+    x = nhwc(x).unflatten(0, (2, 2, -1))                          # (2, 2, N, H/2, W/2, C)
+    return nchw(x.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2))
 
 
 NODES = 4
@@ -172,79 +185,87 @@ class MixedEdges(nn.Module):
                 self.skip_connect = FactorizedReduce(c, c, n)
         self.auxiliary = FactorizedReduce(c, c, len(kept)) if auxiliary and stride == 2 else None
 
-    def forward(self, x, p, q=None):
-        """x (N, C, H, W), p (edges, 8) weights of the operations, q (edges,) of the bypass
-        -> one (N, C, H', W') per edge."""
-        N, C, H, W = x.shape
-        x, bypass = x.split([C // self.partial, C - C // self.partial], 1)
-        C = C // self.partial
-        counts = {len(edges) for edges in self.kept.values()}
-        on_edges = p.repeat_interleave(C, 0).t().contiguous().unbind()            # 8 (edges*C,)
+    def forward(self, x, p, wide, q=None):
+        """x (N, C, H, W), p (edges, 8) the weights of the operations, wide (edges * C,) for each
+        operation the same per channel, q (edges,) those of the bypass
+        -> (N, edges * C, H', W'), one edge beside the other."""
+        x, *bypass = x.chunk(self.partial, 1)
+        C, r = x.shape[1], F.relu(x)
+
+        @functools.cache
+        def repeat(x, n):                                         # n copies side by side
+            return torch.cat([x] * n, 1)
 
         def weight(name):                                         # of an operation, per channel
-            row, edges = on_edges[PRIMITIVES.index(name)], self.kept[name]
+            row, edges = wide[PRIMITIVES.index(name)], self.kept[name]
             return row if len(edges) == self.edges else torch.cat(
                 [row[e * C:(e + 1) * C] for e in edges])
 
-        def put(name, term):                                      # sums what has the same edges
-            edges = self.kept.get(name, tuple(range(self.edges)))
-            sums[edges] = sums[edges] + term if edges in sums else term
+        def on_all(name, term):                                   # zero on edges without it
+            edges = self.kept[name]
+            if len(edges) == self.edges:
+                return term
+            parts = dict(zip(edges, term.chunk(len(edges), 1)))
+            zero = torch.zeros_like(parts[edges[0]])
+            return torch.cat([parts.get(e, zero) for e in range(self.edges)], 1)
 
-        r, sums, shared, columns = F.relu(x), {}, [], []
-        wide = {n: torch.cat([r] * n, 1) for n in counts}         # (N, n*C, H, W)
-        seen, dilation = wide, 2
-        if self.stride == 2:     # then dilation 2 reads one phase only
-            seen, dilation = {n: w[:, :, ::2, ::2] for n, w in wide.items()}, 1
-        elif H % 2 == W % 2 == 0:
-            seen, dilation = {n: phases(w) for n, w in wide.items()}, 1
-        for name in ("dil_conv_3x3", "dil_conv_5x5"):             # first: their sums are in phases
-            if name in self.kept:
-                put(name, self.get_submodule(name)(seen[len(self.kept[name])], weight(name),
-                                                   dilation))
-        if self.stride == 1 and dilation == 1:
-            sums = {edges: merge_phases(term) for edges, term in sums.items()}
+        terms, dilated = [], []
         for name in ("sep_conv_3x3", "sep_conv_5x5"):
             if name in self.kept:
-                once = F.relu_(self.get_submodule(name + "_a")(wide[len(self.kept[name])]))
-                put(name, self.get_submodule(name + "_b")(once, weight(name)))
+                many = repeat(r, len(self.kept[name]))
+                once = F.relu_(self.get_submodule(name + "_a")(many))
+                terms.append(on_all(name, self.get_submodule(name + "_b")(once, weight(name))))
+        seen, dilation = r, 2
+        if self.stride == 2:     # then dilation 2 reads one phase only
+            seen, dilation = r[:, :, ::2, ::2], 1
+        elif r.is_cpu and r.shape[2] % 2 == r.shape[3] % 2 == 0:
+            seen, dilation = phases(r), 1
+        for name in ("dil_conv_3x3", "dil_conv_5x5"):
+            if name in self.kept:
+                many = repeat(seen, len(self.kept[name]))
+                term = self.get_submodule(name)(many, weight(name), dilation)
+                dilated.append(on_all(name, term))
+        if dilated:
+            terms.append(merge_phases(sum(dilated)) if len(seen) > len(r) else sum(dilated))
 
+        column = p.unbind(1)
+        shared, columns = [], []                                  # the same on all edges
         for name, pool in (("max_pool_3x3", F.max_pool2d), ("avg_pool_3x3", avg_pool)):
-            if name in self.kept:                                 # once for all edges
+            if name in self.kept:
                 shared.append(self.get_submodule(name)(pool(x, 3, self.stride, 1)))
-                columns.append(p[:, PRIMITIVES.index(name)])
+                columns.append(column[PRIMITIVES.index(name)])
         beta, rate = self.knobs.auxiliary, self.knobs.skip_dropout if self.training else 0.0
         if self.stride == 2:
             if "skip_connect" in self.kept:
-                put("skip_connect", self.skip_connect(r, weight("skip_connect")))
+                terms.append(on_all("skip_connect", self.skip_connect(r, weight("skip_connect"))))
             if self.auxiliary is not None:
-                put("auxiliary", self.auxiliary(r, torch.full_like(on_edges[0], beta)))
+                terms.append(self.auxiliary(r, torch.full_like(wide[0], beta)))
         else:
-            direct = torch.full_like(p[:, 0], beta)
+            direct = torch.full_like(column[0], beta)
             if "skip_connect" in self.kept and rate:              # P-DARTS §3.3
-                many = torch.cat([x] * len(self.kept["skip_connect"]), 1)
+                many = repeat(x, len(self.kept["skip_connect"]))
                 stay = torch.empty_like(many).bernoulli_(1 - rate, generator=self.knobs.generator)
                 scale = weight("skip_connect").view(1, -1, 1, 1) / (1 - rate)
-                put("skip_connect", many * stay * scale)
+                terms.append(on_all("skip_connect", many * stay * scale))
             elif "skip_connect" in self.kept:
-                direct = direct + p[:, PRIMITIVES.index("skip_connect")]
+                direct = direct + column[PRIMITIVES.index("skip_connect")]
             shared.append(x)
             columns.append(direct)
 
-        out = [0] * self.edges
+        N, _, H, W = (terms + shared)[0].shape
         if shared:
-            N, _, H, W = shared[0].shape
-            stacked = torch.stack([s.permute(0, 2, 3, 1) for s in shared]).flatten(1)
+            stacked = torch.stack([nhwc(s) for s in shared]).flatten(1)
             mixed = torch.stack(columns, 1) @ stacked             # (edges, N*H*W*C)
-            out = list(mixed.view(-1, N, H, W, C).permute(0, 1, 4, 2, 3))
-        for edges, term in sums.items():
-            for e, part in zip(edges, term.chunk(len(edges), 1)):
-                out[e] = out[e] + part
+            terms.append(nchw(mixed.view(-1, N, H, W, C).permute(1, 2, 3, 0, 4).flatten(3)))
+        out = functools.reduce(torch.Tensor.add_, terms)
         if self.partial == 1:
             return out
+        bypass = torch.cat(bypass, 1)
         if self.stride == 2:
             bypass = F.max_pool2d(bypass, 2, ceil_mode=True)
-        return [F.channel_shuffle(torch.cat([term, weight * bypass], 1), self.partial)
-                for term, weight in zip(out, q)]
+        out = nhwc(out).unflatten(3, (-1, C))
+        out = torch.cat([out, q[:, None] * nhwc(bypass).unsqueeze(3)], 4)
+        return nchw(out.unflatten(4, (self.partial, C)).transpose(4, 5).flatten(3))     # shuffled
 
 
 class SearchCell(nn.Module):
@@ -253,31 +274,38 @@ class SearchCell(nn.Module):
     def __init__(self, C_prev_prev, C_prev, C, reduction, reduction_prev, kept, *options):
         super().__init__()
         self.reduction = reduction
-        self.preprocess0 = (nn.Sequential(nn.ReLU(), FactorizedReduce(C_prev_prev, C))
-                            if reduction_prev else relu_conv_bn(C_prev_prev, C))
-        self.preprocess1 = relu_conv_bn(C_prev, C)
+        self.preprocess0 = preprocess(C_prev_prev, C, reduction_prev)
+        self.preprocess1 = preprocess(C_prev, C)
         self.states = nn.ModuleList(
             MixedEdges(C, [kept[row] for row in rows], 2 if reduction and j < 2 else 1, *options)
             for j, rows in enumerate(OUTGOING))
 
     def forward(self, s0, s1, p, q):
-        """p, q: per state, the weights of its outgoing edges' operations and bypasses."""
+        """p (14, 8), q (14,) or None: the weights of the edges' operations and bypasses, in the
+        order of OUTGOING."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        sums = [0] * NODES
-        for j, edges in enumerate(self.states):
-            for node, term in zip(range(max(0, j - 1), NODES), edges(states[j], p[j], q[j])):
-                sums[node] = sums[node] + term
-            if j > 0:                                             # node j - 1 has all its inputs
-                states.append(sums[j - 1])
-        return torch.cat(states[2:], 1)                           # (N, 4C, H, W)
+        C, counts = states[1].shape[1], [len(rows) for rows in OUTGOING]
+        c = C // self.states[0].partial
+        wide = p.t().unsqueeze(2).expand(-1, -1, c).flatten(1)    # (8, 14 * C)
+        wide = zip(*(row.split([c * n for n in counts]) for row in wide.unbind()))
+        each = zip(self.states, p.split(counts), wide, [None] * 5 if q is None else q.split(counts))
+        nodes = 0                                                 # the sums that are not complete
+        for j, (edges, *weights) in enumerate(each):
+            nodes = nodes + edges(states[j], *weights)            # (N, their number * C, H', W')
+            if 0 < j < NODES:                                     # node j - 1 has all its inputs
+                done, nodes = nodes.split([C, nodes.shape[1] - C], 1)
+                states.append(done)
+        return torch.cat([*states[2:], nodes], 1)                 # (N, 4C, H', W')
 
 
-def imagenet_stem(C):
-    """Three convolutions of stride 2, the features after two and after three: two modules."""
-    def conv(a, b):
-        return nn.Conv2d(a, b, 3, 2, 1, bias=False), BatchNorm(b)
-    return (nn.Sequential(*conv(3, C // 2), nn.ReLU(), *conv(C // 2, C)),
-            nn.Sequential(nn.ReLU(), *conv(C, C)))
+def stem(C, imagenet=False):
+    """The layers before the first cell and their last width: two modules, of which the second makes
+    the second input of the first cell from the first. imagenet: three convolutions of stride 2."""
+    def conv(a, b, stride=2):
+        return nn.Conv2d(a, b, 3, stride, 1, bias=False), BatchNorm(b), nn.ReLU()
+    if imagenet:
+        return nn.Sequential(*conv(3, C // 2), *conv(C // 2, C)), nn.Sequential(*conv(C, C)), C
+    return nn.Sequential(*conv(3, 3 * C, 1)), nn.Identity(), 3 * C
 
 
 class Supernet(nn.Module):
@@ -294,13 +322,8 @@ class Supernet(nn.Module):
         if C % (2 * partial):
             raise BadInput(f"--channels {C}: must be a multiple of {2 * partial}")
         self.knobs = Knobs()
-        if imagenet:
-            (self.stem0, self.stem1), C_prev_prev, C_prev = imagenet_stem(C), C, C
-        else:
-            C_prev_prev = C_prev = 3 * C
-            self.stem0, self.stem1 = nn.Sequential(
-                nn.Conv2d(3, C_prev, 3, padding=1, bias=False), BatchNorm(C_prev)), nn.Identity()
-        self.cells, reduction = nn.ModuleList(), imagenet
+        self.stem0, self.stem1, C_prev = stem(C, imagenet)
+        self.cells, C_prev_prev, reduction = nn.ModuleList(), C_prev, imagenet
         for i in range(layers):
             reduction_prev, reduction = reduction, i in (layers // 3, 2 * layers // 3)
             C *= 2 if reduction else 1
@@ -313,15 +336,15 @@ class Supernet(nn.Module):
         """x (N, 3, H, W), alphas: initial_alphas' -> logits (N, num_classes)."""
         if self.knobs.skip_dropout and self.training:
             self.knobs.generator = torch.Generator(x.device).manual_seed(self.knobs.seed)
-        p = [[torch.stack([rows[e] for e in edges]) for edges in OUTGOING]
-             for rows in (weights.unbind() for weights in operation_weights(alphas))]
-        q = [[torch.stack([row[e] for e in edges]) for edges in OUTGOING]
-             for row in (edge_weights(beta).unbind() for beta in alphas[2:])] or [[None] * 5] * 2
+        order = torch.tensor(sum(OUTGOING, []), device=x.device)
+        p = [weights[order] for weights in operation_weights(alphas)]
+        q = [edge_weights(beta)[order] for beta in alphas[2:]] or [None, None]
         s0 = self.stem0(x)
         s1 = self.stem1(s0)
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, p[cell.reduction], q[cell.reduction])
-        return self.classifier(s1.mean((2, 3)))
+            out = cell(s0, s1, p[cell.reduction], q[cell.reduction])
+            s0, s1 = s1, F.relu(out)
+        return self.classifier(out.mean((2, 3)))
 
 
 def place(module: nn.Module, device) -> nn.Module:
@@ -494,11 +517,17 @@ def grad(loss: Tensor, inputs: list[Tensor], per_image: bool = False) -> list[Te
 
 
 def call(module: nn.Module, weights: list[Tensor], *inputs):
-    """module(*inputs) at other weights (in the order of its parameters) and with throw-away
-    BatchNorm statistics: changes nothing in the module."""
+    """module(*inputs) at other weights (in the order of its parameters), in training by the batch's
+    statistics alone: changes nothing in the module."""
     state = dict(zip((name for name, _ in module.named_parameters()), weights, strict=True))
-    state |= {name: buffer.clone() for name, buffer in module.named_buffers()}
-    return torch.func.functional_call(module, state, inputs)
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        return torch.func.functional_call(module, state, inputs)
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 @torch.no_grad()

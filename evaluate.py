@@ -23,7 +23,6 @@ from torchvision.ops import stochastic_depth
 
 import darts_ops as ops
 import genotypes
-from darts_ops import BatchNorm, FactorizedReduce, relu_conv_bn
 
 
 class Cell(nn.Module):
@@ -32,10 +31,8 @@ class Cell(nn.Module):
     def __init__(self, genotype, C_prev_prev, C_prev, C, reduction, reduction_prev):
         super().__init__()
         edges, self.concat = (genotype[2:] if reduction else genotype[:2])
-        self.preprocess0 = (
-            nn.Sequential(nn.ReLU(), FactorizedReduce(C_prev_prev, C, affine=True))
-            if reduction_prev else relu_conv_bn(C_prev_prev, C, affine=True))
-        self.preprocess1 = relu_conv_bn(C_prev, C, affine=True)
+        self.preprocess0 = ops.preprocess(C_prev_prev, C, reduction_prev, affine=True)
+        self.preprocess1 = ops.preprocess(C_prev, C, affine=True)
         self.inputs = [state for _, state in edges]
         self.ops = nn.ModuleList(
             ops.operation(name, C, 2 if reduction and state < 2 else 1, affine=True)
@@ -55,7 +52,8 @@ class Cell(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A second classifier on the features after the second reduction, for training only."""
+    """A second classifier on the features after the second reduction and its ReLU, for training
+    only."""
 
     def __init__(self, C, num_classes, size):
         super().__init__()
@@ -63,7 +61,7 @@ class AuxiliaryHead(nn.Module):
         pool = (nn.AvgPool2d(5, size - 5, count_include_pad=False) if size in (7, 8)
                 else nn.AdaptiveAvgPool2d(2))
         self.features = nn.Sequential(
-            nn.ReLU(), pool, nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+            pool, nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
             nn.Linear(768, num_classes))
 
@@ -79,16 +77,9 @@ class Network(nn.Module):
                  image_size=32):
         super().__init__()
         self.drop_path = 0.0
-        size, reduction, self.auxiliary = image_size, imagenet, None
-        if imagenet:
-            self.stem0, self.stem1 = ops.imagenet_stem(C)
-            C_prev_prev, C_prev, size = C, C, -(-size // 8)
-        else:
-            C_prev_prev = C_prev = 3 * C
-            self.stem0 = nn.Sequential(nn.Conv2d(3, C_prev, 3, padding=1, bias=False),
-                                       BatchNorm(C_prev))
-            self.stem1 = nn.Identity()
-        self.cells = nn.ModuleList()
+        self.stem0, self.stem1, C_prev = ops.stem(C, imagenet)
+        self.cells, C_prev_prev, reduction, self.auxiliary = nn.ModuleList(), C_prev, imagenet, None
+        size = -(-image_size // 8) if imagenet else image_size
         for i in range(layers):
             reduction_prev, reduction = reduction, i in (layers // 3, 2 * layers // 3)
             C, size = (2 * C, -(-size // 2)) if reduction else (C, size)
@@ -104,10 +95,11 @@ class Network(nn.Module):
         s0 = self.stem0(x)
         s1, auxiliary = self.stem1(s0), None
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path)
+            out = cell(s0, s1, self.drop_path)
+            s0, s1 = s1, F.relu(out)
             if i == self.auxiliary_at and self.auxiliary is not None and self.training:
                 auxiliary = self.auxiliary(s1)
-        return self.classifier(s1.mean((2, 3))), auxiliary
+        return self.classifier(out.mean((2, 3))), auxiliary
 
 
 def count_params(network: Network) -> float:

@@ -8,6 +8,7 @@
 import argparse
 import copy
 import errno
+import importlib
 import itertools
 import json
 import math
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import darts_ops as ops
 import evaluate
@@ -976,7 +979,7 @@ def test_network_sizes_and_auxiliary_head():
         assert evaluate.count_params(network) == evaluate.count_params(without)
         network.eval()
         assert network(torch.randn(1, 3, size, size))[1] is None
-    pools = {size: evaluate.AuxiliaryHead(4, 2, size).features[1] for size in (7, 8, 12)}
+    pools = {size: evaluate.AuxiliaryHead(4, 2, size).features[0] for size in (7, 8, 12)}
     assert (pools[8].stride, pools[7].stride) == (3, 2)            # the published windows
     assert isinstance(pools[12], nn.AdaptiveAvgPool2d)
     wide = evaluate.Network(cell, 8, 7, 3, imagenet=True, image_size=64)
@@ -1013,7 +1016,7 @@ def test_skip_dropout_is_one_mask_a_step():
     p = torch.zeros(3, 8)
     p[:, 3] = torch.tensor([0.1, 0.2, 0.3])
     edges.knobs.generator = torch.Generator().manual_seed(0)
-    outs = edges(torch.ones(8, 2, 32, 32), p)
+    outs = edges(torch.ones(8, 2, 32, 32), p, p.repeat_interleave(2, 0).t()).chunk(3, 1)
     for out, weight in zip(outs, p[:, 3]):                         # a mask per edge, the mean kept
         assert torch.allclose(out.unique(), torch.tensor([0, weight / 0.75]))
         assert abs(out.mean() - weight) < 0.02
@@ -2087,31 +2090,152 @@ def test_imagenet_recipe():
 # ---------------------------------------------------------------------------------- the benchmark
 
 
-def workload(kind):
-    """One step to time: of the supernet, per edge or merged, or of IL with `kind` rounds."""
-    torch.manual_seed(0)
-    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
-    alphas = ops.initial_alphas("cpu")
-    if kind == "per edge":
-        net = NaiveSupernet(16, 10, 8)
-        return lambda: F.cross_entropy(net(x, alphas), y).backward()
-    x = x.contiguous(memory_format=torch.channels_last)
-    if kind == "merged":
-        net = ops.place(ops.Supernet(), "cpu")
-        return lambda: F.cross_entropy(net(x, alphas), y).backward()
-    stages = []
-    for l in range(2 * int(kind)):
-        net = ops.place(ops.Supernet(8, 10, 4), "cpu")
-        stages.append(il.Stage(l % 2, net, torch.optim.SGD(net.parameters(), 0.025, 0.9)))
-    alpha_opt = torch.optim.Adam(alphas, 3e-5)
-    train, val = [(x, y)] * len(stages), [(x, y)] * 2
+def peer(folder, *names):
+    """Modules of somebody else's folder, imported beside ours of the same names."""
+    stems = [path.stem for path in folder.glob("*.py")]
+    ours = {name: sys.modules.pop(name) for name in stems if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(folder))
+        for name in stems:
+            sys.modules.pop(name, None)
+        sys.modules.update(ours)
+
+
+def peer_modules(whose, peers, device, *names):
+    """A peer's modules; without a GPU their calls of .cuda() return what they are called on."""
+    if device.type == "cpu":
+        nn.Module.cuda = torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    warnings.simplefilter("ignore")                                # they are of 2018 and 2021
+    return peer(peers / {"quark0": "darts/cnn", "authors": "LPT-COVIDx/darts-LPT"}[whose], *names)
+
+
+RATES = dict(learning_rate=0.025, momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4,
+             arch_weight_decay=1e-3, weight_gamma=1.0, weight_lambda=1.0, weight_decay_w=3e-4,
+             weight_decay_h=3e-4, model_v_learning_rate=3e-4, model_v_weight_decay=1e-3,
+             teacher_arch="18", is_cifar100=1)
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), 0.025, 0.9, weight_decay=3e-4)
+
+
+def lpt_step(m, alpha_opt, creator_opt, batches):
+    """The body of lpt.py's loop on the same batches again."""
+    ga, gc = lpt.outer_gradients(m, batches)[:2]
+    ops.descend(alpha_opt, m.alphas, ga), ops.descend(creator_opt, m.creator, [-g for g in gc])
+    for opt, loss, clip in (
+            (m.tester_opt, lpt.tester_loss(m.tester, m.creator, batches, 1.0, 0), None),
+            (m.testee_opt, F.cross_entropy(m.testee(batches[0][0], m.alphas), batches[0][1]), 5.0)):
+        weights = opt.param_groups[0]["params"]
+        ops.descend(opt, weights, ops.grad(loss, weights), clip)
+
+
+def il_step(stages, alphas, alpha_opt, train, val):
+    grads = stage_gradients(stages, alphas, train)
+    g, _ = il.outer_gradient(stages, alphas, grads, train, val, 100.0)
+    il.update_weights(stages, grads, 100.0, "proximal", clip=5.0)
+    ops.descend(alpha_opt, alphas, g)
+
+
+def authors_step(modules, device, x, y):
+    """One step of the LPT authors' search, by their own classes."""
+    model_search, architect_ts, teacher, updater = modules
+    args, criterion = types.SimpleNamespace(**RATES), nn.CrossEntropyLoss()
+    model = model_search.Network(16, 100, 8, criterion).to(device)
+    w, h, v = (teacher.resnet18().to(device), nn.Linear(512, 100).to(device),
+               nn.Linear(512, 2).to(device))
+    opt, opt_w, opt_h = map(sgd, (model, w, h))
+    architect, creator = architect_ts.Architect(model, args), updater.Teacher_Updater(w, h, v, args)
 
     def step():
-        grads = stage_gradients(stages, alphas, train)
-        g, _ = il.outer_gradient(stages, alphas, grads, train, val, 100.0)
-        il.update_weights(stages, grads, 100.0, "proximal", clip=5.0)
-        ops.descend(alpha_opt, alphas, g)
+        architect.step(x, y, x, y, 0.025, opt, w, v, unrolled=True)
+        creator.step(criterion, x, y, x, y, x, y, 0.025, 0.025, opt, opt_w, opt_h, model,
+                     unrolled=True)
+        opt_w.zero_grad(), opt_h.zero_grad()
+        features = w(x)
+        f = v(features).softmax(1)[:, 1]
+        (criterion(h(w(x)), y) + (f * F.cross_entropy(h(features), y, reduction="none")).mean()
+         ).backward()
+        opt_w.step(), opt_h.step()
+        weight_step(model, opt, lambda: criterion(model(x), y))
     return step
+
+
+def weight_step(model, opt, loss):
+    opt.zero_grad()
+    loss().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    opt.step()
+
+
+def workload(kind, device, peers=None):
+    """One step to time, for kind "what: whose"."""
+    torch.manual_seed(0)
+    what, _, whose = kind.partition(": ")
+    x, y = torch.randn(16, 3, 32, 32, device=device), torch.randint(100, (16,), device=device)
+    alphas = ops.initial_alphas(device)
+    alpha_opt = torch.optim.Adam(alphas, 3e-4, (0.5, 0.999), weight_decay=1e-3)
+    if whose == "authors":
+        modules = peer_modules(whose, peers, device, "model_search", "architect_ts", "teacher",
+                               "teacher_update")
+        return authors_step(modules, device, x, y)
+    if whose == "quark0" and what != "evaluation":
+        search, architect = peer_modules(whose, peers, device, "model_search", "architect")
+        model = search.Network(16, 100, 8, nn.CrossEntropyLoss()).to(device)
+        opt, architect = sgd(model), architect.Architect(model, types.SimpleNamespace(**RATES))
+
+        def weights():
+            weight_step(model, opt, lambda: model._loss(x, y))
+
+        def step():
+            architect.step(x, y, x, y, 0.025, opt, unrolled=True)
+            weights()
+        return weights if what == "supernet" else step
+    if whose == "quark0":
+        model, cells = peer_modules(whose, peers, device, "model", "genotypes")
+        net = model.NetworkCIFAR(36, 100, 20, True, cells.DARTS_V2).to(device)
+        net.drop_path_prob, opt = 0.0, sgd(net)
+
+        def loss():
+            logits, auxiliary = net(x)
+            return F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(auxiliary, y)
+        return lambda: weight_step(net, opt, loss)
+
+    x = x.contiguous(memory_format=ops.memory_format(device))
+
+    def supernet(C=16, layers=8):
+        if whose == "per edge":
+            return NaiveSupernet(C, 100, layers).to(device)
+        return ops.place(ops.Supernet(C, 100, layers), device)
+    if what == "evaluation":
+        net = ops.place(evaluate.Network(genotypes.load("DARTS_V2"), 36, 100, 20), device)
+        opt = sgd(net)
+
+        def step():
+            logits, auxiliary = net(x)
+            loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(auxiliary, y)
+            loss.backward()
+            weights = opt.param_groups[0]["params"]
+            ops.descend(opt, weights, [w.grad for w in weights], 5.0, "the network", loss)
+        return step
+    if what == "supernet":
+        net = supernet()
+        opt = sgd(net)
+        return lambda: weight_step(net, opt, lambda: F.cross_entropy(net(x, alphas), y))
+    if what == "LPT":
+        testee, tester = supernet(), ops.place(lpt.Tester("resnet18", 100), device)
+        creator = list(nn.Linear(512, 1).to(device).parameters())
+        m = lpt.Learners(testee, alphas, sgd(testee), tester, creator, sgd(tester))
+        creator_opt = torch.optim.Adam(creator, 3e-4, weight_decay=1e-3)
+        return lambda: lpt_step(m, alpha_opt, creator_opt, [(x, y, None)] * 3)
+    rounds = int(whose) if what == "IL" else None                  # else second-order DARTS
+    nets = [supernet(8, 4) for _ in range(2 * rounds)] if rounds else [supernet()]
+    stages = [il.Stage(l % 2, net, sgd(net)) for l, net in enumerate(nets)]
+    val = [(x, y)] * min(2, len(nets))
+    return lambda: il_step(stages, alphas, alpha_opt, [(x, y)] * len(stages), val)
 
 
 def resident():
@@ -2120,37 +2244,65 @@ def resident():
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def memory(kind):
+def memory(kind, device, peers):
     """The MiB that the steps of a workload add to what the process had, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--memory-of", kind], capture_output=True,
-                          text=True, check=True)
-    return float(done.stdout)
+    done = subprocess.run([sys.executable, __file__, "--memory-of", kind, "--device", str(device),
+                           *(["--peers", str(peers)] if peers else [])],
+                          capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
-def interleaved(kinds, count):
-    """The median seconds of each workload, timed in turn in this process."""
-    steps, seconds = {kind: workload(kind) for kind in kinds}, {kind: [] for kind in kinds}
-    for _ in range(count + 1):                                     # the first is a warm-up
+class Calls(TorchDispatchMode):
+    """Counts the operator calls that are not views."""
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+
+def timed(step, device):
+    begin = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def interleaved(kinds, count, device, peers):
+    """Per workload: the median of `count` steps timed in turn, and the first step's time."""
+    steps = {kind: workload(kind, device, peers) for kind in kinds}
+    seconds = {kind: [] for kind in kinds}
+    for _ in range(count + 1):
         for kind, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            seconds[kind].append(time.perf_counter() - begin)
-    return {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
+            seconds[kind].append(timed(step, device))
+    return {kind: (statistics.median(values[1:]), values[0]) for kind, values in seconds.items()}
 
 
-def bench_speed():
-    """Time and memory as Markdown tables."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    for title, kinds in (
-            ("supernet, C 16, 8 cells, batch 16, forward + backward", ["per edge", "merged"]),
-            ("step of IL, K = 2, C 8, 4 cells, batch 16, by rounds M", ["1", "2", "4"])):
-        seconds, first = interleaved(kinds, 7 if kinds[0] == "per edge" else 3), None
-        print(f"| {title} | s | ratio | MiB | ratio |\n|---|---|---|---|---|", flush=True)
+def bench_speed(device, peers, count=5):
+    """Time, memory and calls of a step as Markdown tables."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n")
+    others = {"supernet": ["quark0"], "DARTS": ["quark0"], "LPT": ["authors"],
+              "evaluation": ["quark0"]} if peers else {}
+    for what, title in (("supernet", "weight step of the supernet, C 16, 8 cells, batch 16"),
+                        ("DARTS", "step of second-order DARTS (IL, one task and round), the same"),
+                        ("LPT", "step of LPT, the same with ResNet-18"),
+                        ("evaluation", "weight step of evaluate.py, C 36, 20 cells, batch 16"),
+                        ("IL", "step of IL, K = 2, C 8, 4 cells, batch 16, by rounds M")):
+        whose = others.get(what, []) + (["1", "2", "4"] if what == "IL" else
+                                        ["per edge", "ours"] if what != "evaluation" else ["ours"])
+        kinds = [f"{what}: {who}" for who in whose]
+        seconds, first = interleaved(kinds, count, device, peers), None
+        print(f"| {title} | s | ratio | MiB | ratio | calls | first, s |", "|---" * 7 + "|",
+              sep="\n")
         for kind in kinds:
-            line = seconds[kind], memory(kind)
+            with Calls() as calls:
+                workload(kind, device, peers)()
+            line = seconds[kind][0], memory(kind, device, peers)
             first = first or line
-            print(f"| {kind} | {line[0]:.2f} | {line[0] / first[0]:.2f} | {line[1]:.0f} | "
-                  f"{line[1] / first[1]:.2f} |", flush=True)
+            print(f"| {kind.split(': ')[1]} | {line[0]:.3g} | {line[0] / first[0]:.2f} | "
+                  f"{line[1]:.0f} | {line[1] / first[1]:.2f} | {calls.count} | "
+                  f"{seconds[kind][1]:.3g} |", flush=True)
         print()
 
 
@@ -2269,7 +2421,10 @@ def bench_precision(data_dir, device):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The benchmark; the tests run under pytest.")
     parser.add_argument("--bench", action="store_true", help="print the tables")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; cuda: the precisions alone")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--peers", type=Path,
+                        help="a folder with checkouts of quark0/darts and Focusjd/LPT-COVIDx, as "
+                             "darts and LPT-COVIDx, to time beside us")
     parser.add_argument("--data", type=Path, help="an ImageFolder tree of 32-pixel images")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
@@ -2286,14 +2441,15 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(kills(job, Path(folder), int(count), int(count))))
     elif options.memory_of:
-        job = workload(options.memory_of)
-        before = resident()
+        device = torch.device(options.device)
+        job = workload(options.memory_of, device, options.peers)
+        before = 0 if device.type == "cuda" else resident()
         job(), job()
-        print(resident() - before)
+        print(ops.peak_memory(device) if device.type == "cuda" else resident() - before)
     elif options.bench:
         device = torch.device(options.device)
+        bench_speed(device, options.peers)
         if device.type == "cpu":
-            bench_speed()
             bench_difference(options.data)
         bench_precision(options.data, device)
     else:
