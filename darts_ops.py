@@ -549,14 +549,14 @@ def central_difference(grad_at, w: list[Tensor], v: list[Tensor], radius: float 
     grad_at(w) returns dL/da at weights w. The step is eps = radius / |v|, with the norm over all
     of v (DARTS Eq. 8; LPT Eq. 17; LeaSE Eq. 11); per_image: v is spread over the processes.
     """
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v)))
-        if per_image and world_size() > 1:
-            norm = reduce([norm.square()])[0].sqrt()
-        eps = torch.where(norm > 0, radius / norm, radius)
-        step = torch._foreach_mul(v, eps)
-        plus, minus = torch._foreach_add(w, step), torch._foreach_sub(w, step)
-    return [(p - n) / (2 * eps) for p, n in zip(grad_at(plus), grad_at(minus))]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v)))
+    if per_image and world_size() > 1:
+        norm = reduce([norm.square()])[0].sqrt()
+    eps = torch.where(norm > 0, radius / norm, radius)
+    w, step = [t.detach() for t in w], torch._foreach_mul(v, eps)
+    plus = grad_at(torch._foreach_add(w, step))
+    minus = grad_at(torch._foreach_sub(w, step))
+    return [(p - n) / (2 * eps) for p, n in zip(plus, minus)]
 
 
 def finite(tensors) -> bool:

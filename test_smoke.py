@@ -8,7 +8,9 @@
 import argparse
 import copy
 import errno
+import gc
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -20,6 +22,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,7 @@ import time
 import types
 import warnings
 import xml.etree.ElementTree
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +40,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import darts_ops as ops
 import evaluate
@@ -1163,6 +1169,16 @@ def offline(*args, **kwargs):
     raise OSError("no network")
 
 
+class Malicious:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
 def write_folder(root, sizes=(12,), classes=("cat", "dog"), n=12, parts=("train", "test")):
     rng = np.random.default_rng(0)
     for part in parts:
@@ -1454,6 +1470,93 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
     assert tree(tmp_path) == before
 
 
+def png_claiming(side):
+    """The head of a PNG of side x side pixels that are not there."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(
+        ">I", zlib.crc32(head)) + struct.pack(">I", 99999) + b"IDAT"
+
+
+IMAGE = {                               # what can be wrong with one image among good ones
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:200]),
+    "cut at the end": lambda file: file.write_bytes(file.read_bytes()[:-40]),
+    "empty": lambda file: file.write_bytes(b""),
+    "text": lambda file: file.write_text("no image"),
+    "noise": lambda file: file.write_bytes(bytes(range(256)) * 4),
+    "only a head": lambda file: file.write_bytes(png_claiming(12)),
+    "too large": lambda file: file.write_bytes(png_claiming(50000)),
+    "large": lambda file: file.write_bytes(png_claiming(11000)),
+    "a dead link": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+    "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
+    "a strange name": lambda file: file.rename(file.with_name("a\nb.png")).write_bytes(b""),
+}
+TREE = {                                # and with the folder train/, whose two classes have 12 each
+    "no folder": shutil.rmtree,
+    "a file": lambda train: (shutil.rmtree(train), train.write_text("")),
+    "a link to itself": lambda train: (shutil.rmtree(train), train.symlink_to("train")),
+    "no classes": lambda train: [shutil.rmtree(folder) for folder in list(train.iterdir())],
+    "images without a class": lambda train: [
+        (shutil.copytree(folder, train, dirs_exist_ok=True), shutil.rmtree(folder))
+        for folder in list(train.iterdir())],
+    "an empty class": lambda train: (train / "ant").mkdir(),
+    "no images": lambda train: [file.rename(file.with_suffix(".txt"))
+                                for file in list(train.glob("*/*"))],
+    "too few images": lambda train: [file.unlink() for file in list(train.glob("*/*"))[2:]],
+}
+READERS = [(lpt, ["--dataset", "folder", "--data", "tree"]), (il, ["--tasks", "folder:tree"]),
+           (lease, ["--dataset", "imagenet", "--data", "tree", "--subsets", 0.5, 0.5, "--workers",
+                    0]),
+           (evaluate, ["--arch", "random:1", "--dataset", "folder:tree"])]
+
+
+@pytest.mark.parametrize("module,argv", READERS, ids=lambda v: getattr(v, "__name__", "-"))
+@pytest.mark.parametrize("what", [*IMAGE, *(f"train: {what}" for what in TREE)])
+def test_broken_images_and_folders(what, module, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = write_folder(tmp_path / "tree")
+    file = root / "train" / "dog" / "7.png"
+    TREE[what[7:]](root / "train") if what[7:] in TREE else IMAGE[what](file)
+    begin = time.time()
+    some = [*SMALL[2:], "--image-size", 12, "--batch-size", 6, "--epochs", 9]
+    assert run_script(module, *some, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and time.time() - begin < 5
+    if what in IMAGE and what != "a strange name":
+        assert str(file.relative_to(tmp_path)) in error
+    assert module is lease or not (tmp_path / "runs").exists()    # which reads as it goes
+
+
+def test_one_broken_image_of_thousands_is_named(tmp_path, capsys):
+    train = write_folder(tmp_path, n=2) / "train"
+    body = (train / "cat" / "0.png").read_bytes()
+    for i in range(3000):
+        (train / "cat" / f"{i}.png").write_bytes(body[:-30] if i == 1234 else body)
+    begin = time.time()
+    assert run_script(lpt, "--dataset", "folder", "--data", tmp_path, *SMALL[2:]) == 2
+    assert f"{train}/cat/1234.png" in capsys.readouterr().err and time.time() - begin < 5
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "malicious", "gone", "a folder"])
+@pytest.mark.parametrize("kind", ["CIFAR10", "CIFAR100"])
+def test_damaged_cifar_files_are_not_opened(kind, damage, tmp_path, monkeypatch, capsys):
+    write_cifar(tmp_path, monkeypatch, kind)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    file = next(file for file in sorted(tmp_path.rglob("*")) if file.is_file())
+    body, marker = bytearray(file.read_bytes()), tmp_path / "executed"
+    if damage == "flipped":
+        body[len(body) // 2] ^= 1
+    if damage == "malicious":
+        body = pickle.dumps(Malicious(Path.touch, (marker,)))
+    file.write_bytes(body[:-9] if damage == "short" else body)
+    if damage in ("gone", "a folder"):
+        file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    assert run_script(lpt, "--dataset", kind.lower(), "--data", tmp_path, *SMALL[2:]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be downloaded" in error and not marker.exists()
+
+
 GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
 
 
@@ -1482,15 +1585,41 @@ def test_damaged_checkpoints(tmp_path, capsys):
     run.mkdir()
     marker = tmp_path / "executed"
 
-    class Malicious:
-        def __reduce__(self):
-            return Path.touch, (marker,)
-
-    for content in (b"", b"no checkpoint", pickle.dumps(Malicious(), protocol=2)):
+    for content in (b"", b"no checkpoint", pickle.dumps(Malicious(Path.touch, (marker,)), 2)):
         (run / "checkpoint.pt").write_bytes(content)
         assert run_script(lpt, "--resume", "--out", run) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not marker.exists()
+
+
+def numbers(text):
+    """The numbers that "6, 8-9" means."""
+    found = []
+    for part in re.split(r", ", text.replace("\N{EN DASH}", "-").strip(" ,-")):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def test_the_index_of_equations_is_true():
+    """Every equation has one line, and the function it names cites it."""
+    page = (HERE / "README.md").read_text().split("## Where each equation is")[1].split("\n## ")[0]
+    modules = {f"`{m.__name__}.py`": m for m in (lpt, il, lease, ops)}
+    for paper, names, last in (("Skillearn", "LPT|IL", 38), ("LeaSE", "LeaSE", 17)):
+        table, seen = page.split(f"| {paper}, Eq. |")[1].split("\n\n")[0], []
+        for line in table.splitlines()[2:]:
+            which, file, where = (cell.strip() for cell in line.strip("|").split("|"))
+            seen += numbers(which)
+            if not file:
+                assert where.startswith("no code: ")
+                continue
+            text, prefix = modules[file].__doc__, ""
+            if not where.startswith("the docstring"):
+                text = inspect.getsource(getattr(modules[file], where.split("`")[1]))
+                prefix = f"(?:{names}) "
+            cited = re.findall(prefix + r"Eq\. ([0-9][0-9, -]*)", text)
+            assert set(numbers(which)) <= {n for part in cited for n in numbers(part)}, line
+        assert sorted(seen) == list(range(1, last + 1))
 
 
 def test_scripts_stand_alone():
@@ -1577,17 +1706,49 @@ def killed(count, *jobs):
         yield found
 
 
+def growth(job, measure, steps, replace=setattr):
+    """What measure() gives after the two given steps of a script's run."""
+    found, log = [], ops.Run.log
+
+    def measured(run, **figures):
+        if run.state["step"] + 1 in steps:
+            found.append(measure())
+        return log(run, **figures)
+
+    replace(ops.Run, "log", measured)
+    with tempfile.TemporaryDirectory() as folder:
+        assert run_script(RUNS[job][0], *RUNS[job][1], "--batch-size", 10, "--epochs",
+                          -(-max(steps) // 10), "--out", f"{folder}/run") == 0
+    replace(ops.Run, "log", log)
+    return found
+
+
 def soak(count):
-    """A long run of the kills and damages: `count` kills of each script."""
+    """A long run of the kills and damages, `count` kills of each script; then their memory."""
     for jobs in (("lpt", "il"), ("lease", "evaluate")):
         for found in killed(count, *jobs):
             print(found, flush=True)
+    make_small()
     with tempfile.TemporaryDirectory() as folder:
-        make_small()
         assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out",
                           f"{folder}/run") == 0
         (Path(folder) / "run" / "checkpoint.previous.pt").unlink()
         print(damages_seen(Path(folder) / "run" / "checkpoint.pt", 1000), "damages seen of 2000")
+    for job in RUNS:
+        pages = growth(job, lambda: int(Path("/proc/self/statm").read_text().split()[1]), (20, 200))
+        print(f"{job}: resident memory at step 200 / step 20 = {pages[1] / pages[0]:.4f}")
+
+
+def test_steps_leave_no_tensors_behind(monkeypatch):
+    def alive():
+        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                        # of what torch has deprecated
+            return sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
+
+    for job in RUNS:
+        first, last = growth(job, alive, (3, 9), monkeypatch.setattr)
+        assert first == last > 0, job
 
 
 @pytest.mark.parametrize("jobs", [("lpt", "il"), ("lease", "evaluate")], ids=" ".join)
@@ -1660,35 +1821,48 @@ def test_signals_save_and_end_a_run(tmp_path):
         assert f"after step {saved};" in error and saved > 0
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("method", [*METHODS, "evaluate"])
-def test_what_is_not_finite_is_not_saved(method, value, tmp_path, monkeypatch, capsys):
-    """One loss of the third step is NaN or infinite: some of them in turn."""
+@pytest.mark.parametrize("method,what", [
+    *itertools.product(METHODS, ("loss", "gradient")), ("evaluate", "loss")], ids=str)
+def test_what_is_not_finite_is_not_saved(method, what, tmp_path, monkeypatch, capsys):
+    """Each loss and each gradient of the third step in turn is NaN, then infinite."""
     module, images = METHODS.get(method, (evaluate, ["--dataset", "synthetic:3", "--arch",
                                                      "random:1"]))
-    loss, calls, poison = F.cross_entropy, [0], [0]
-
-    def cross_entropy(*args, **kw):
-        calls[0] += 1
-        found = loss(*args, **kw)
-        return found * value if calls[0] == poison[0] else found
-
-    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
-    log, ends = ops.Run.log, []
-    monkeypatch.setattr(ops.Run, "log", lambda run, **kw: (ends.append(calls[0]),
-                                                           log(run, **kw))[1])
     argv = [*images, *SMALL, "--checkpoint-minutes", 0, "--epochs", 2]
-    assert run_script(module, *argv, "--out", tmp_path / "whole") == 0
-    of_step = range(ends[1] + 1, ends[2] + 1)
-    assert len(of_step) >= (2 if method == "evaluate" else 5)
-    for n in list(of_step)[::4 if math.isnan(value) else 8]:
-        calls[0], poison[0], run = 0, n, tmp_path / str(n)
+    (third,) = interrupted(module, argv, tmp_path / "cut", monkeypatch, (3,))
+    assert third["run"]["step"] == 2
+    where = (F, "cross_entropy") if what == "loss" else (torch.autograd, "grad")
+    real, count, poison, value = getattr(*where), 0, None, None
+
+    def poisoned(*args, **kw):
+        nonlocal count
+        count, found = count + 1, real(*args, **kw)
+        if count != poison:
+            return found
+        return found * value if what == "loss" else (found[0] * value, *found[1:])
+
+    def end(run, **figures):
+        raise KeyboardInterrupt
+
+    def go_on(folder):
+        nonlocal count
+        count = 0
+        folder.mkdir()
+        ops.write_checkpoint(folder, third)
+        return run_script(module, "--resume", "--device", "cpu", "--out", folder)
+
+    monkeypatch.setattr(*where, poisoned)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(ops.Run, "log", end)
+        go_on(tmp_path / "whole")
+    of_step = count
+    assert of_step >= (2 if method == "evaluate" else 5)
+    for poison, value in itertools.product(range(1, of_step + 1), (math.nan, math.inf)):
+        run = tmp_path / f"{poison} {value}"
         capsys.readouterr()
-        assert run_script(module, *argv, "--out", run) == 1
+        assert go_on(run) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "not finite" in error and "step 3" in error
-        saved = ops.read_checkpoint(run)
-        assert saved["run"]["step"] == 2
+        assert ops.read_checkpoint(run)["run"]["step"] == 2
         assert all(torch.isfinite(t).all() for t in finals(run) if torch.is_tensor(t))
 
 
@@ -1747,13 +1921,6 @@ def test_damaged_checkpoints_are_seen(saved_run, capsys):
 
 def test_no_pickle_is_executed(saved_run, tmp_path, capsys):
     marker = tmp_path / "executed"
-
-    class Malicious:
-        def __init__(self, *call):
-            self.call = call
-
-        def __reduce__(self):
-            return self.call
 
     calls = [(os.system, (f"touch {marker}",)), (Path.touch, (marker,)), (open, (marker, "w")),
              (eval, (f"open({str(marker)!r}, 'w')",)), (exec, (f"open({str(marker)!r}, 'w')",))]
@@ -2253,12 +2420,16 @@ def memory(kind, device, peers):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operator calls that are not views."""
-    count = 0
+    """Counts the operator calls that are not views, and the bytes that they read and write."""
+    count = bytes = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += not op.is_view
-        return op(*args, **(kwargs or {}))
+        out = op(*args, **(kwargs or {}))
+        if not op.is_view:
+            self.count += 1
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out))
+                              if torch.is_tensor(t))
+        return out
 
 
 def timed(step, device):
@@ -2279,6 +2450,26 @@ def interleaved(kinds, count, device, peers):
     return {kind: (statistics.median(values[1:]), values[0]) for kind, values in seconds.items()}
 
 
+def bench_floor(device):
+    """How long a pass would take if its multiplications ran at the rate of a large matrix product,
+    or its operators read and wrote at the rate of a large copy."""
+    a, large = torch.randn(2048, 2048, device=device), torch.randn(2 ** 26, device=device)
+    rates = {}
+    for name, step, work in (("GFLOP", lambda: a @ a, 2 * 2048 ** 3),
+                             ("GB", lambda: large.clone(), 2 * large.nbytes)):
+        rates[name] = work / 1e9 / min(timed(step, device) for _ in range(9))
+    print("| step, batch 16 | GFLOP | at matrix product's rate, s | GB | at copy's rate, s |"
+          "\n|---|---|---|---|---|")
+    for kind in ("supernet: ours", "DARTS: ours", "LPT: ours", "evaluation: ours"):
+        step = workload(kind, device)
+        with Calls() as calls, FlopCounterMode(display=False) as flops:
+            step()
+        work, moved = flops.get_total_flops() / 1e9, calls.bytes / 1e9
+        print(f"| {kind} | {work:.1f} | {work / rates['GFLOP']:.2f} | {moved:.2f} | "
+              f"{moved / rates['GB']:.2f} |", flush=True)
+    print("\nmeasured rates: " + ", ".join(f"{rate:.0f} {name}/s" for name, rate in rates.items()))
+
+
 def bench_speed(device, peers, count=5):
     """Time, memory and calls of a step as Markdown tables."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n")
@@ -2296,8 +2487,9 @@ def bench_speed(device, peers, count=5):
         print(f"| {title} | s | ratio | MiB | ratio | calls | first, s |", "|---" * 7 + "|",
               sep="\n")
         for kind in kinds:
+            step = workload(kind, device, peers)
             with Calls() as calls:
-                workload(kind, device, peers)()
+                step()
             line = seconds[kind][0], memory(kind, device, peers)
             first = first or line
             print(f"| {kind.split(': ')[1]} | {line[0]:.3g} | {line[0] / first[0]:.2f} | "
@@ -2449,6 +2641,7 @@ if __name__ == "__main__":
     elif options.bench:
         device = torch.device(options.device)
         bench_speed(device, options.peers)
+        bench_floor(device)
         if device.type == "cpu":
             bench_difference(options.data)
         bench_precision(options.data, device)
