@@ -1706,8 +1706,8 @@ def killed(count, *jobs):
         yield found
 
 
-def growth(job, measure, steps, replace=setattr):
-    """What measure() gives after the two given steps of a script's run."""
+def growth(job, folder, measure, steps, replace=setattr):
+    """What measure() gives after the given steps of a script's run."""
     found, log = [], ops.Run.log
 
     def measured(run, **figures):
@@ -1716,9 +1716,8 @@ def growth(job, measure, steps, replace=setattr):
         return log(run, **figures)
 
     replace(ops.Run, "log", measured)
-    with tempfile.TemporaryDirectory() as folder:
-        assert run_script(RUNS[job][0], *RUNS[job][1], "--batch-size", 10, "--epochs",
-                          -(-max(steps) // 10), "--out", f"{folder}/run") == 0
+    assert run_script(RUNS[job][0], *RUNS[job][1], "--batch-size", 10, "--epochs",
+                      -(-max(steps) // 10), "--out", folder / job) == 0
     replace(ops.Run, "log", log)
     return found
 
@@ -1734,12 +1733,13 @@ def soak(count):
                           f"{folder}/run") == 0
         (Path(folder) / "run" / "checkpoint.previous.pt").unlink()
         print(damages_seen(Path(folder) / "run" / "checkpoint.pt", 1000), "damages seen of 2000")
-    for job in RUNS:
-        pages = growth(job, lambda: int(Path("/proc/self/statm").read_text().split()[1]), (20, 200))
-        print(f"{job}: resident memory at step 200 / step 20 = {pages[1] / pages[0]:.4f}")
+        for job in RUNS:
+            pages = growth(job, Path(folder), lambda: int(
+                Path("/proc/self/statm").read_text().split()[1]), (20, 200))
+            print(f"{job}: resident memory at step 200 / step 20 = {pages[1] / pages[0]:.4f}")
 
 
-def test_steps_leave_no_tensors_behind(monkeypatch):
+def test_steps_leave_no_tensors_behind(tmp_path, monkeypatch):
     def alive():
         gc.collect()
         with warnings.catch_warnings():
@@ -1747,7 +1747,7 @@ def test_steps_leave_no_tensors_behind(monkeypatch):
             return sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
     for job in RUNS:
-        first, last = growth(job, alive, (3, 9), monkeypatch.setattr)
+        first, last = growth(job, tmp_path, alive, (3, 9), monkeypatch.setattr)
         assert first == last > 0, job
 
 
@@ -1824,46 +1824,44 @@ def test_signals_save_and_end_a_run(tmp_path):
 @pytest.mark.parametrize("method,what", [
     *itertools.product(METHODS, ("loss", "gradient")), ("evaluate", "loss")], ids=str)
 def test_what_is_not_finite_is_not_saved(method, what, tmp_path, monkeypatch, capsys):
-    """Each loss and each gradient of the third step in turn is NaN, then infinite."""
+    """Each loss and each gradient of the third step in turn is NaN or infinite."""
     module, images = METHODS.get(method, (evaluate, ["--dataset", "synthetic:3", "--arch",
                                                      "random:1"]))
     argv = [*images, *SMALL, "--checkpoint-minutes", 0, "--epochs", 2]
-    (third,) = interrupted(module, argv, tmp_path / "cut", monkeypatch, (3,))
+    (third,) = interrupted(module, argv, tmp_path, monkeypatch, (3,))
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
     assert third["run"]["step"] == 2
     where = (F, "cross_entropy") if what == "loss" else (torch.autograd, "grad")
-    real, count, poison, value = getattr(*where), 0, None, None
+    real, count, poison = getattr(*where), 0, None
 
     def poisoned(*args, **kw):
         nonlocal count
         count, found = count + 1, real(*args, **kw)
         if count != poison:
             return found
+        value = math.nan if (count + (what == "loss")) % 2 else math.inf
         return found * value if what == "loss" else (found[0] * value, *found[1:])
 
     def end(run, **figures):
         raise KeyboardInterrupt
 
-    def go_on(folder):
+    def go_on():
         nonlocal count
         count = 0
-        folder.mkdir()
-        ops.write_checkpoint(folder, third)
-        return run_script(module, "--resume", "--device", "cpu", "--out", folder)
+        return run_script(module, "--resume", "--device", "cpu", "--out", tmp_path)
 
     monkeypatch.setattr(*where, poisoned)
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(ops.Run, "log", end)
-        go_on(tmp_path / "whole")
+        go_on()
     of_step = count
     assert of_step >= (2 if method == "evaluate" else 5)
-    for poison, value in itertools.product(range(1, of_step + 1), (math.nan, math.inf)):
-        run = tmp_path / f"{poison} {value}"
+    for poison in range(1, of_step + 1):                           # noqa: B007
         capsys.readouterr()
-        assert go_on(run) == 1
+        assert go_on() == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "not finite" in error and "step 3" in error
-        assert ops.read_checkpoint(run)["run"]["step"] == 2
-        assert all(torch.isfinite(t).all() for t in finals(run) if torch.is_tensor(t))
+        assert (tmp_path / "checkpoint.pt").read_bytes() == saved
 
 
 def test_descend_refuses_what_is_not_finite():
