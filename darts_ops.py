@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from genotypes import PRIMITIVES, BadInput, Genotype, to_json, to_svg
+from genotypes import PRIMITIVES, BadInput, Genotype, to_json, to_svg, weights_svg
 
 # ------------------------------------------------------------------------ operations and supernet
 
@@ -421,6 +421,12 @@ def architecture_report(alphas: list[Tensor]) -> dict:
             "skip_connections": sum(op == "skip_connect" for op, _ in decode(alphas).normal)}
 
 
+def mean_weights(alphas: list[Tensor]) -> dict:
+    """The operations' weights in both cells, means over the edges, in PRIMITIVES' order."""
+    return {kind: F.softmax(alpha.detach(), -1).mean(0).tolist()
+            for kind, alpha in zip(("normal", "reduce"), alphas)}
+
+
 # ------------------------------------------------------------------------------------------ bases
 
 # A base search: the defaults it gives the command line. layers, candidates and skip_dropout have an
@@ -598,8 +604,10 @@ def evaluating(*modules: nn.Module):
     """Set modules to evaluation, with rank 0's BatchNorm statistics in all processes."""
     for module in modules:
         module.eval()
-        for buffer in module.buffers() if world_size() > 1 else ():
-            dist.broadcast(buffer, 0)
+        statistics = [b for b in module.buffers() if b.is_floating_point()]
+        if world_size() > 1 and statistics:
+            sums = reduce([torch.zeros_like(b) if rank() else b for b in statistics])
+            torch._foreach_copy_(statistics, sums)
 
 
 def autocast(device, on: bool):
@@ -1053,6 +1061,8 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add("--resume", action=flag, default=False, help="go on from the run folder's checkpoint")
     add("--checkpoint-minutes", type=real, default=10, help="between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
+    add("--tensorboard", action=flag, default=False,
+        help="write the figures and pictures for tensorboard too, which must be installed")
     add("--quick", action=flag, default=False, help="a tiny run on synthetic images")
 
 
@@ -1129,7 +1139,8 @@ def parse(parser, argv, method: str, recipe):
         if checkpoint["world_size"] != int(os.environ.get("WORLD_SIZE", 1)):
             raise BadInput(f"--resume: the run in {out} has world_size = "
                            f"{checkpoint['world_size']}; start as many processes")
-    elif (not getattr(args, "count_params", False)                # which writes nothing
+    elif (not getattr(args, "count_params", False)                # which write nothing
+          and not getattr(args, "summary", None)
           and args.out.exists() and (not args.out.is_dir() or any(
               path.suffix != ".tmp" for path in args.out.iterdir()))):
         raise BadInput(f"{args.out} is not an empty folder: give another --out, or --resume to go "
@@ -1148,7 +1159,7 @@ def task_names(args) -> list[str]:
     return getattr(args, "tasks", None) or [args.dataset]
 
 
-WHERE = ("data", "workers", "checkpoint_minutes")             # what may change on --resume
+WHERE = ("data", "workers", "checkpoint_minutes", "tensorboard")    # what may change on --resume
 
 
 def plain(args) -> dict:
@@ -1299,9 +1310,16 @@ class Run:
                 raise BadInput(f"--resume: the data is not that of the run in {args.out}")
             self.state = checkpoint["run"]
         try:
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--out {args.out}: {error}") from None
+        except ImportError:
+            raise BadInput("--tensorboard: pip install tensorboard") from None
+        self.board = None
+        if args.tensorboard and not rank():
+            self.board = SummaryWriter(args.out, purge_step=self.state["step"])
         self.parts, self.alphas, self.due, self.new = {}, None, False, True
 
     def stages(self):
@@ -1372,6 +1390,8 @@ class Run:
             values = reduce([values.float()], 1 / world_size())[0]
         for name, value in zip(figures, values.tolist()):
             state["sums"][name] = state["sums"].get(name, 0.0) + value
+            if self.board:
+                self.board.add_scalar(f"step/{name}", value, state["step"])
         self.done += 1
         if self.new:
             print(f"peak memory {peak_memory(values.device):.0f} MiB after the first step")
@@ -1404,14 +1424,29 @@ class Run:
             line["stopped"] = state["stopped"]
             print("the search ends here:", state["stopped"])
         print(" ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "stopped"), flush=True)
+        for name, value in line.items():
+            if self.board and name != "stopped":
+                self.board.add_scalar(f"epoch/{name}", value, state["step"])
+        if alphas:
+            line["mean_weights"] = mean_weights(alphas)
         self.lap, self.due = time.time(), True
         state |= dict(sums={}, seconds=0.0, history=[*state["history"], line])
         write(args.out / "log.jsonl", "".join(json.dumps(each) + "\n" for each in
                                               state["history"]))
         if alphas:
-            cell = decode(alphas, args.max_skips)
+            cell, title = decode(alphas, args.max_skips), f"{args.out.name}, epoch {line['epoch']}"
             write(args.out / "genotype.json", to_json(cell))
-            write(args.out / "cells.svg", to_svg(cell, f"{args.out.name}, epoch {line['epoch']}"))
+            write(args.out / "cells.svg", to_svg(cell, title))
+            weights = [line["mean_weights"] for line in state["history"]]
+            write(args.out / "weights.svg", weights_svg(weights, title))
+
+
+    def picture(self, name: str, rows: dict, size: int = 96):
+        """Write a picture of an epoch into the run's folder; rows: write_pictures'."""
+        write_pictures(self.args.out / name, rows, size)
+        if self.board:
+            pixels = np.asarray(Image.open(self.args.out / name))
+            self.board.add_image(name, pixels, self.state["step"], dataformats="HWC")
 
 
 def peak_memory(device) -> float:

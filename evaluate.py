@@ -9,10 +9,13 @@ DistributedDataParallel under torchrun; --batch-size is the whole batch in eithe
     python evaluate.py --arch runs/lpt-cifar100-1/genotype.json --dataset cifar100
     python evaluate.py --arch random:1 --dataset cifar100         # the baseline to beat
     python evaluate.py --arch LPT_PDARTS --dataset imagenet --count-params
+    python evaluate.py --summary runs                             # all results, as a table
     torchrun --nproc-per-node 8 evaluate.py --arch LPT_PDARTS --dataset imagenet --data DIR
 """
 
 import json
+import statistics
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -123,6 +126,8 @@ def get_args(argv=None):
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
     add("--count-params", action=ops.flag, default=False, help="print the parameter count and exit")
+    add("--summary", type=Path, nargs="+", default=None, metavar="RUNS",
+        help="print a table of the results in these folders, and exit")
     ops.data_arguments(parser)
     add = parser.add_argument_group(
         "the network and its training (DARTS §A.2; Skillearn §3.2.2); the defaults hang on "
@@ -149,6 +154,56 @@ def get_args(argv=None):
         (IMAGENET if chosen.dataset == "imagenet" else {}) | (QUICK if chosen.quick else {})))
 
 
+def search_of(arch: str) -> dict:
+    """What found a cell that lies in the run folder of a search: the search's name in the papers'
+    tables, its arguments but the seed, its seconds. Of other cells, their name."""
+    try:
+        found = ops.read_checkpoint(Path(arch).parent) if arch.endswith(".json") else None
+    except ops.BadInput:
+        found = None
+    if not found or found["method"] == "evaluate":
+        return {"cell": "random" if arch.startswith("random:") else arch, "search": {}}
+    search = {k: v for k, v in found["args"].items() if k != "seed" and k not in ops.WHERE}
+    return {"cell": genotypes.row(found["method"], search), "search": search,
+            "search_seconds": sum(line["seconds"] for line in found["run"]["history"])}
+
+
+def summary(folders: list[Path]) -> str:
+    """A Markdown table of the results in run folders or in the folders they lie in: a line per
+    data set, network and cell or search, whose seeds it takes together."""
+    groups = {}
+    for folder in folders:
+        files = sorted(folder.rglob("result.json"))
+        if not files:
+            raise ops.BadInput(f"--summary: there is no result.json in {folder}")
+        for file in files:
+            try:
+                r = json.loads(file.read_text())
+                network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
+                key = r["data"], network, r["cell"], json.dumps(r["search"], sort_keys=True)
+                groups.setdefault(key, []).append(r)
+                r["test_error"] + r["params_M"], r["dataset"], r["search"].items()
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
+                                   ) from None
+    lines = ["| cell | data | network | test error, % | n | parameters, M | search, days | paper |",
+             "|---" * 8 + "|"]
+    for (data, network, cell, search), runs in sorted(groups.items()):
+        others = [json.loads(k[3]) for k in groups if k[:3] == (data, network, cell)]
+        changed = [f", {k} {v}" for k, v in json.loads(search).items()
+                   if any(other.get(k) != v for other in others)]
+        errors, spread = [r["test_error"] for r in runs], ""
+        if len(runs) > 1:
+            spread = f" ± {statistics.stdev(errors):.2f}"
+        days = [r["search_seconds"] / 86400 for r in runs if "search_seconds" in r]
+        lines.append("| " + " | ".join((
+            cell + "".join(changed), data, network, f"{statistics.mean(errors):.2f}{spread}",
+            f"{len(runs)}", f"{statistics.mean(r['params_M'] for r in runs):.3g}",
+            f"{statistics.mean(days):.2g}" if days else "-",
+            genotypes.paper_error(cell, runs[0]["dataset"]))) + " |")
+    return "\n".join(lines)
+
+
 def learning_rate(args, epoch: int) -> float:
     """Of an epoch: rising for --warm-up epochs, decaying to 0 after them as if there were none."""
     if epoch < args.warm_up:
@@ -160,6 +215,9 @@ def learning_rate(args, epoch: int) -> float:
 
 def main(argv=None):
     args, checkpoint = get_args(argv)
+    if args.summary:
+        print(summary(args.summary))
+        return
     if not args.arch:
         raise ops.BadInput("--arch: name a cell to evaluate")
     genotype, imagenet = genotypes.load(args.arch), args.dataset == "imagenet"
@@ -227,9 +285,11 @@ def main(argv=None):
     with ops.autocast(device, args.amp == "bf16"):
         top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size)
     history = run.state["history"]
-    result = {"arch": args.arch, "dataset": args.dataset, "test_error": round(100 * (1 - top1), 4),
-              "top5_error": round(100 * (1 - top5), 4), "test_images": len(test_rows),
-              "params_M": round(params, 3), "epochs": args.epochs, "seed": args.seed,
+    where = args.data.name if args.dataset == "folder" else args.dataset
+    result = {"arch": args.arch, **search_of(args.arch), "dataset": args.dataset, "data": where,
+              "test_error": round(100 * (1 - top1), 4), "top5_error": round(100 * (1 - top5), 4),
+              "test_images": len(test_rows), "params_M": round(params, 3), "layers": args.layers,
+              "channels": args.channels, "epochs": args.epochs, "seed": args.seed,
               "drop_path": drop_path, "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")

@@ -126,6 +126,50 @@ PUBLISHED = {
 }
 
 
+# Test errors, % (mean +- sd), on CIFAR-100, CIFAR-10 and ImageNet, as printed in Skillearn's Tables
+# 7-11 and 17-19 and LeaSE's 2-4: by the rows' names, which row() gives a search too.
+PAPER = {name: dict(zip(("cifar100", "cifar10", "imagenet"), errors.split())) for name, errors in {
+    "DARTS-1st": "20.52±0.31 3.00±0.14 -", "DARTS-2nd": "20.58±0.44 2.76±0.09 26.7",
+    "DARTS-": "18.97±0.16 2.97±0.04 23.8", "DARTS+": "17.11±0.43 2.83±0.05 23.7",
+    "PC-DARTS": "17.96±0.15 2.57±0.07 24.2", "P-DARTS": "17.49 2.50 24.4",
+    "LPT-R18-DARTS-1st": "19.11±0.11 2.85±0.09 -",
+    "LPT-R18-DARTS-2nd": "19.47±0.20 2.72±0.07 25.3",
+    "LPT-R50-DARTS-2nd": "18.40±0.16 2.68±0.02 -", "LPT-R18-DARTS-": "18.28±0.14 2.74±0.07 -",
+    "LPT-R18-DARTS+": "16.58±0.19 2.69±0.05 -", "LPT-R18-PC-DARTS": "17.04±0.05 2.65±0.17 23.4",
+    "LPT-R50-PC-DARTS": "16.97±0.21 - -", "LPT-R18-P-DARTS": "16.28±0.10 2.58±0.14 24.0",
+    "LPT-R50-P-DARTS": "16.38±0.07 - -", "LPT-R18-P-DARTS, ablation 1": "18.12±0.11 - -",
+    "LPT-R18-P-DARTS, ablation 2": "17.54±0.07 - -",
+    "LPT-R18-DARTS-2nd, ablation 1": "- 2.79±0.06 -",
+    "LPT-R18-DARTS-2nd, ablation 2": "- 2.75±0.03 -",
+    "IL-DARTS-2nd": "17.12±0.08 2.62±0.04 25.5", "IL-P-DARTS": "16.14±0.17 2.51±0.10 24.1",
+    "IL-PC-DARTS": "17.83±0.14 2.55±0.11 -", "JL-DARTS-2nd": "18.92±0.17 2.91±0.12 26.4",
+    "JL-P-DARTS": "17.67±0.31 2.63±0.12 25.0", "JL-PC-DARTS": "18.11±0.27 2.63±0.05 -",
+    "LeaSE-R18-DARTS-2nd": "19.26 2.62 24.7"}.items()}
+
+
+def row(method: str, args: dict) -> str:
+    """The name in the papers' tables of a search with these arguments."""
+    base = {"darts-": "DARTS-", "darts+": "DARTS+", "pcdarts": "PC-DARTS", "pdarts": "P-DARTS"}.get(
+        args["base"], args["base"].replace("darts", "DARTS"))
+    if method == "lpt":
+        part = f", ablation {args['ablation']}" if args["ablation"] else ""
+        return f"LPT-R{args['encoder'][6:]}-{base}{part}"
+    if method == "lease":
+        return f"LeaSE-R{args['audience'][6:]}-{base}"
+    if len(args["tasks"]) == args["rounds"] == 1:
+        return base
+    return f"{'JL' if args['joint'] else 'IL'}-{base}"
+
+
+def paper_error(cell: str, dataset: str) -> str:
+    """What the papers print for a row's name or for a published cell on the data it was found on;
+    "-" where they print nothing."""
+    if cell in PUBLISHED:
+        cell, _, found_on = PUBLISHED[cell][0].partition(";")[0].partition(", ")
+        dataset = dataset if found_on.lower().replace("-", "") == dataset else ""
+    return PAPER.get(cell, {}).get(dataset, "-")
+
+
 def parse(normal: str, reduce: str) -> Genotype:
     """The genotype of two cells written as in PUBLISHED."""
     def edges(text):
@@ -249,9 +293,48 @@ def to_svg(cell: Genotype, title: str = "") -> str:
         heading = f'<text x="18" y="{y0 + 32}" class="h">{kind} cell</text>'
         parts.append(heading + "".join(lines) + "".join(pills))
         y0, width = y[-1] + 24, x[-1] + 70
+    return svg(title, "\n".join(parts), width, y0 + 10)
+
+
+def weights_svg(history: list[dict], title: str = "") -> str:
+    """The operations' mean weights in both cells over the epochs of a search as a standalone SVG.
+
+    history: per epoch {"normal": 8 weights, "reduce": 8 weights}, in the order of PRIMITIVES.
+    """
+    left, right, height, parts = 56, 440, 190, []
+    top = 1.1 * max(max(line[kind]) for line in history for kind in line)
+    for k, kind in enumerate(("normal", "reduce")):
+        y0 = 56 + k * (height + 62)
+        parts.append(f'<text x="18" y="{y0 - 20}" class="h">{kind} cell</text>'
+                     f'<path d="M{left} {y0}V{y0 + height}H{right}" class="w"/>'
+                     f'<text x="{right}" y="{y0 + height + 20}" class="t">epoch '
+                     f'{len(history)}</text>')
+        for i in range(4):
+            value = top * i / 3
+            parts.append(f'<text x="{left - 8}" y="{y0 + height * (1 - i / 3) + 4:.1f}" class="t">'
+                         f'{value:.2f}</text>')
+        final = history[-1][kind]
+        order = sorted(range(len(PRIMITIVES)), key=lambda o: -final[o])
+        for place, o in enumerate(order):
+            colour, y = COLOURS.get(PRIMITIVES[o], "#c2497d"), y0 + 12 + 22 * place
+            points = [(left + (right - left) * (e + 1) / len(history),
+                       y0 + height * (1 - line[kind][o] / top)) for e, line in enumerate(history)]
+            path = " ".join(f"{x:.1f},{py:.1f}" for x, py in points)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" '
+                         f'stroke-width="2.2" class="o"/>'
+                         f'<circle class="o" cx="{points[-1][0]:.1f}" '
+                         f'cy="{points[-1][1]:.1f}" r="3.5" fill="{colour}"/>'
+                         f'<circle class="o" cx="{right + 26}" cy="{y - 4.5}" r="5.5" '
+                         f'fill="{colour}"/>'
+                         f'<text x="{right + 40}" y="{y}">{PRIMITIVES[o]} {final[o]:.3f}</text>')
+    return svg(title, "\n".join(parts), right + 200, 2 * (height + 62) + 44)
+
+
+def svg(title: str, body: str, width: float, height: float) -> str:
+    """A drawing with the styles of this file, for light and dark backgrounds."""
     title = title.replace("&", "&amp;").replace("<", "&lt;")
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y0 + 10}" \
-width="{width}" height="{y0 + 10}">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
+width="{width}" height="{height}">
 <title>{title}</title>
 <style>
 text {{ font: 13px system-ui, sans-serif; fill: #1f2328; }}
@@ -265,15 +348,17 @@ rect.s {{ fill: #e9edf2; stroke: #8b949e; }}
 text.s {{ fill: #1f2328; }}
 @media (prefers-color-scheme: dark) {{
   text, text.s {{ fill: #e6edf3; }}
+  text.t {{ fill: #9198a1; }}
   .bg {{ fill: #0d1117; }}
   .w {{ stroke: #57606a; }}
   .d {{ fill: #57606a; }}
+  .o {{ filter: brightness(1.6); }}
   rect.s {{ fill: #21262d; stroke: #6e7681; }}
 }}
 </style>
 <rect class="bg" width="100%" height="100%"/>
 <text x="{width - 18}" y="32" class="t">{title}</text>
-{chr(10).join(parts)}
+{body}
 </svg>
 """
 

@@ -186,9 +186,9 @@ def random_delta(shape, scale, device, *keys):
     return torch.from_numpy(draw).mul_(scale).to(device)
 
 
-def write_explanations(path, data, rows, maps):
-    """explanations.png: the images, and per epoch in maps {epoch: (N, H, W)} |delta'| as heat, by
-    itself and laid over the grey image."""
+def explanations(data, rows, maps):
+    """For explanations.png: the images, and per epoch in maps {epoch: (N, H, W)} |delta'| as heat,
+    by itself and laid over the grey image."""
     images = data.pixels(rows).cpu()
     labels = data.labels[rows.cpu()]
     pictures = {"Images": [(image, data.classes[y]) for image, y in zip(images, labels)]}
@@ -200,7 +200,7 @@ def write_explanations(path, data, rows, maps):
         overlay = (1 - share) * images.float().mean(1, keepdim=True) + share * colour
         for title, what in (("|delta'|", colour), ("The same over the image,", overlay)):
             pictures[f"{title} after epoch {epoch}"] = [(t.byte(), "") for t in what]
-    ops.write_pictures(path, pictures, size=128)
+    return pictures
 
 
 def main(argv=None):
@@ -267,12 +267,11 @@ def main(argv=None):
             delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
             heat = explain(explainer, alphas, e, x, delta)[0].abs().mean(1)
             explainer.train()
-            run.end_epoch(val_accuracy=accuracy,
-                          audience_val_accuracy=heard)
+            run.end_epoch(val_accuracy=accuracy, audience_val_accuracy=heard)
             if step < steps:
                 early.copy_(heat)
-            write_explanations(args.out / "explanations.png", data, shown,
-                               {1: early, step // steps + 1: heat})
+            run.picture("explanations.png", explanations(
+                data, shown, {1: early, step // steps + 1: heat}), size=128)
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     ops.print_next(args, args.dataset)

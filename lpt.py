@@ -173,16 +173,16 @@ def review(tester, creator, data, rows, batch_size):
     return torch.cat(f), hits / len(rows)
 
 
-def write_tests(path, data, rows, f, count=12):
-    """tests.png: the bank images that the tester weighs most and least, f (len(rows),)."""
+def tests(data, rows, f, count=12):
+    """For tests.png: the bank images that the tester weighs most and least, f (len(rows),)."""
     order = f.argsort(descending=True, stable=True).tolist()
 
     def pictures(picks):
         return [(image, f"{data.classes[data.labels[rows[i]]]}\nf = {f[i]:.4f}")
                 for i, image in zip(picks, data.pixels(rows[picks]))]
 
-    ops.write_pictures(path, {"Weighed most by the tester": pictures(order[:count]),
-                              "Weighed least by the tester": pictures(order[::-1][:count])})
+    return {"Weighed most by the tester": pictures(order[:count]),
+            "Weighed least by the tester": pictures(order[::-1][:count])}
 
 
 def main(argv=None):
@@ -254,7 +254,7 @@ def main(argv=None):
                 tested = {"tester_val_accuracy": hits}
             testee.train(), tester.train()
             run.end_epoch(val_accuracy=accuracy, **tested)
-            write_tests(args.out / "tests.png", data, val_rows, f)
+            run.picture("tests.png", tests(data, val_rows, f))
 
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     ops.print_next(args, args.dataset)

@@ -975,6 +975,59 @@ def test_genotypes_as_json_text_and_svg(tmp_path, monkeypatch, capsys):
     assert genotypes.random_cell(1) == genotypes.random_cell(1) != genotypes.random_cell(2)
 
 
+def test_weights_over_the_epochs_as_a_picture():
+    alphas = [torch.zeros(14, 8), torch.zeros(14, 8)]
+    alphas[0][:7, 4] = math.log(3)                                 # 0.3 on half of the edges
+    weights = ops.mean_weights(alphas)
+    assert np.allclose(weights["normal"], [0.1125 if o != 4 else 0.2125 for o in range(8)])
+    assert np.allclose(weights["reduce"], 1 / 8)
+    flat = {"normal": [1 / 8] * 8, "reduce": [1 / 8] * 8}
+    root = xml.etree.ElementTree.fromstring(genotypes.weights_svg([flat, weights], "a <b> & c"))
+    lines = [[[float(v) for v in point.split(",")] for point in line.get("points").split()]
+             for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert len(lines) == 16 and all(len(line) == 2 for line in lines)
+    assert lines[0][1][1] < lines[1][1][1] == lines[7][1][1]       # the strongest is on top
+    assert len({line[0][1] for line in lines[:8]}) == 1            # all began alike
+
+
+def test_summary_of_results(tmp_path, capsys):
+    """Means and deviations by hand; the papers' values by their rows; what is no result."""
+    def write(name, **changes):
+        (tmp_path / name).mkdir()
+        result = {"cell": "LPT-R18-DARTS-2nd", "dataset": "cifar100", "data": "cifar100",
+                  "test_error": 20.0, "params_M": 2.0, "layers": 20, "channels": 36, "epochs": 600,
+                  "search": {"lam": 1.0, "gamma": 1.0}, "search_seconds": 86400.0} | changes
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+
+    write("a"), write("b", test_error=21.0, params_M=3.0), write("c", test_error=22.0)
+    write("d", cell="LPT_PDARTS", test_error=16.5), write("e", cell="random", epochs=5)
+    write("f", cell="LPT_PDARTS", data="cifar10", dataset="cifar10")
+    assert run_script(evaluate, "--summary", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    line = "cifar100 | 20 cells, C 36, 600 epochs | 21.00 ± 1.00 | 3 | 2.33 | 1 | 19.47±0.20 |"
+    assert f"| LPT-R18-DARTS-2nd | {line}" in lines and len(lines) == 4
+    assert sum("| 16.28±0.10 |" in each for each in lines) == 1    # where the cell was searched
+    write("h", search={"lam": 0.5, "gamma": 1.0})                  # two searches of one name
+    assert run_script(evaluate, "--summary", tmp_path) == 0
+    page = capsys.readouterr().out
+    assert f"| LPT-R18-DARTS-2nd, lam 1.0 | {line}" in page and "2nd, lam 0.5 | cifar100" in page
+    (tmp_path / "g").mkdir()
+    assert run_script(evaluate, "--summary", tmp_path / "a", tmp_path / "g") == 2
+    for text in ("", "[]", "{}", '{"layers": 1, "channels": 1, "epochs": 1, "data": [],'
+                 '"cell": 1, "search": 1}'):
+        (tmp_path / "g" / "result.json").write_text(text)
+        capsys.readouterr()
+        assert run_script(evaluate, "--summary", tmp_path) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    rows = [genotypes.row("lpt", {"base": "pdarts", "encoder": "resnet50", "ablation": 0}),
+            genotypes.row("lease", {"base": "darts-2nd", "audience": "resnet18"}),
+            genotypes.row("il", {"base": "pcdarts", "tasks": "ab", "rounds": 2, "joint": False}),
+            genotypes.row("il", {"base": "darts-2nd", "tasks": ["a"], "rounds": 1, "joint": False}),
+            genotypes.row("lpt", {"base": "pdarts", "encoder": "resnet18", "ablation": 2})]
+    assert [genotypes.paper_error(name, "cifar100") for name in rows] == [
+        "16.38±0.07", "19.26", "17.83±0.14", "20.58±0.44", "17.54±0.07"]
+
+
 def test_network_sizes_and_auxiliary_head():
     cell = genotypes.load("LPT_PDARTS")
     for size in (28, 30, 32, 33, 48, 64, 96):
@@ -1209,7 +1262,8 @@ def test_folder_of_images(tmp_path):
 
 SMALL = ["--image-size", "8", "--layers", "3", "--channels", "2", "--batch-size", "50",
          "--device", "cpu"]
-FILES = {"genotype.json", "checkpoint.pt", "checkpoint.previous.pt", "cells.svg", "log.jsonl"}
+FILES = {"genotype.json", "checkpoint.pt", "checkpoint.previous.pt", "cells.svg", "weights.svg",
+         "log.jsonl"}
 TINY = ["--dataset", "synthetic:3", *SMALL]
 
 
@@ -1393,6 +1447,35 @@ def finals(folder):
         else:
             flat.append(value)
     return flat
+
+
+@pytest.mark.parametrize("module,picture", [(lpt, "tests.png"), (lease, "explanations.png")])
+def test_tensorboard_has_the_log_and_the_pictures(module, picture, tmp_path, monkeypatch, capsys):
+    argv = [*TINY, "--epochs", 2, "--tensorboard", "--out"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run_script(module, *argv, tmp_path / "none") == 2 and not (tmp_path / "none").exists()
+    assert "pip install tensorboard" in capsys.readouterr().err
+    scalars, images = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "run" and purge_step == 0
+
+        def add_scalar(self, *what):
+            scalars.append(what)
+
+        def add_image(self, name, pixels, step, dataformats):
+            images.append((name, pixels.shape[2], step, dataformats))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert run_script(module, *argv, tmp_path / "run") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line.pop("mean_weights")
+        assert {(f"epoch/{k}", v, 2 * i + 1) for k, v in line.items()} <= set(scalars)
+    assert len({step for name, _, step in scalars if name == "step/train_loss"}) == 4
+    assert images == [(picture, 3, 1, "HWC"), (picture, 3, 3, "HWC")]
 
 
 @pytest.mark.parametrize("module,extra", [
