@@ -846,6 +846,28 @@ def test_il_and_lease_gradients_change_no_state(method):
     assert same(before, snapshot(*parts))
 
 
+def test_passes_of_a_step():
+    """As many forward passes as the README counts."""
+    def counted(*modules):
+        seen = [0]
+        for module in modules:
+            module.register_forward_hook(lambda *_: seen.__setitem__(0, seen[0] + 1))
+        return seen
+
+    m, batches = smooth_problem()
+    testee, tester = counted(m.testee), counted(m.tester)
+    lpt.outer_gradients(m, batches)
+    assert (testee, tester) == ([4], [6])                          # of the tester's 4, 2 on two
+    stages, alphas, train, val = il_problem(3, 2)
+    seen = counted(*(stage.net for stage in stages))
+    il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train, val, 1.0)
+    assert seen == [3 * 2 * 3 + 3]
+    m, train, val, delta = lease_problem()
+    explainer, audience = counted(m.explainer), counted(m.audience)
+    lease.outer_gradient(m, train, val, delta, lease.look_ahead(m, train, delta))
+    assert (explainer, audience) == ([10], [4])
+
+
 # ---------------------------------------------------------------------------- genotypes and cells
 
 PARAMS = {                              # millions: cifar10, cifar100, imagenet
