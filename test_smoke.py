@@ -1811,7 +1811,7 @@ def killed(count, *jobs):
         yield found
 
 
-def growth(job, folder, measure, steps, replace=setattr):
+def growth(job, folder, measure, steps, epoch_steps, replace=setattr):
     """What measure() gives after the given steps of a script's run."""
     found, log = [], ops.Run.log
 
@@ -1821,8 +1821,8 @@ def growth(job, folder, measure, steps, replace=setattr):
         return log(run, **figures)
 
     replace(ops.Run, "log", measured)
-    assert run_script(RUNS[job][0], *RUNS[job][1], "--batch-size", 10, "--epochs",
-                      -(-max(steps) // 10), "--out", folder / job) == 0
+    assert run_script(RUNS[job][0], *RUNS[job][1], "--batch-size", 100 // epoch_steps, "--epochs",
+                      -(-max(steps) // epoch_steps), "--out", folder / job) == 0
     replace(ops.Run, "log", log)
     return found
 
@@ -1840,7 +1840,7 @@ def soak(count):
         print(damages_seen(Path(folder) / "run" / "checkpoint.pt", 1000), "damages seen of 2000")
         for job in RUNS:
             pages = growth(job, Path(folder), lambda: int(
-                Path("/proc/self/statm").read_text().split()[1]), (20, 200))
+                Path("/proc/self/statm").read_text().split()[1]), (20, 200), 10)
             print(f"{job}: resident memory at step 200 / step 20 = {pages[1] / pages[0]:.4f}")
 
 
@@ -1852,7 +1852,7 @@ def test_steps_leave_no_tensors_behind(tmp_path, monkeypatch):
             return sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
     for job in RUNS:
-        first, last = growth(job, tmp_path, alive, (3, 9), monkeypatch.setattr)
+        first, last = growth(job, tmp_path, alive, (2, 4), 4, monkeypatch.setattr)
         assert first == last > 0, job
 
 
@@ -1967,7 +1967,7 @@ def test_what_is_not_finite_is_not_saved(method, what, tmp_path, monkeypatch, ca
         capsys.readouterr()
         assert go_on() == 1
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "not finite" in error and "step 3" in error
+        assert error.count("\n") == 1 and "loss or a gradient" in error and "step 3" in error
         assert (tmp_path / "checkpoint.pt").read_bytes() == saved
 
 
@@ -2229,7 +2229,7 @@ def test_two_processes_have_one_process_gradients(tmp_path_factory):
     ("lease", ["--dataset", "synthetic:3"]),
     ("evaluate", ["--dataset", "synthetic:3", "--arch", "random:1"])])
 def test_two_processes_stay_equal(job, extra, tmp_path):
-    small = [*extra, *SMALL, "--batch-size", 10 if job != "evaluate" else 20, "--epochs", 2]
+    small = [*extra, *SMALL, "--batch-size", 20 if job != "evaluate" else 40, "--epochs", 2]
     results = finish(processes(job, tmp_path, *small, "--out", tmp_path / "run"))
     assert [r[0] for r in results] == [0, 0], results
     assert results[1][1] == "" and "epoch 2" in results[0][1]       # rank 0 alone speaks
@@ -2243,7 +2243,7 @@ def test_two_processes_stay_equal(job, extra, tmp_path):
 
     assert len(tensors(a)) > 20 and same(tensors(a), tensors(b))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["run"]["step"] == 20 and saved["world_size"] == 2
+    assert saved["run"]["step"] == 10 and saved["world_size"] == 2
     if job == "evaluate":
         assert json.loads((tmp_path / "run" / "result.json").read_text())["test_images"] == 100
     assert run_script(METHODS.get(job, [evaluate])[0], "--resume", "--device", "cpu", "--out",
