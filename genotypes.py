@@ -302,7 +302,8 @@ def weights_svg(history: list[dict], title: str = "") -> str:
     history: per epoch {"normal": 8 weights, "reduce": 8 weights}, in the order of PRIMITIVES.
     """
     left, right, height, parts = 56, 440, 190, []
-    top = 1.1 * max(max(line[kind]) for line in history for kind in line)
+    values = [value for line in history for kind in line for value in line[kind] if value > 0]
+    low, top = min(values) - 0.005, max(values) + 0.005
     for k, kind in enumerate(("normal", "reduce")):
         y0 = 56 + k * (height + 62)
         parts.append(f'<text x="18" y="{y0 - 20}" class="h">{kind} cell</text>'
@@ -310,15 +311,16 @@ def weights_svg(history: list[dict], title: str = "") -> str:
                      f'<text x="{right}" y="{y0 + height + 20}" class="t">epoch '
                      f'{len(history)}</text>')
         for i in range(4):
-            value = top * i / 3
+            value = low + (top - low) * i / 3
             parts.append(f'<text x="{left - 8}" y="{y0 + height * (1 - i / 3) + 4:.1f}" class="t">'
-                         f'{value:.2f}</text>')
+                         f'{value:.3f}</text>')
         final = history[-1][kind]
         order = sorted(range(len(PRIMITIVES)), key=lambda o: -final[o])
         for place, o in enumerate(order):
             colour, y = COLOURS.get(PRIMITIVES[o], "#c2497d"), y0 + 12 + 22 * place
             points = [(left + (right - left) * (e + 1) / len(history),
-                       y0 + height * (1 - line[kind][o] / top)) for e, line in enumerate(history)]
+                       y0 + height * min(1, (top - line[kind][o]) / (top - low)))
+                      for e, line in enumerate(history)]
             path = " ".join(f"{x:.1f},{py:.1f}" for x, py in points)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" '
                          f'stroke-width="2.2" class="o"/>'
