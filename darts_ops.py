@@ -189,8 +189,10 @@ class MixedEdges(nn.Module):
         """x (N, C, H, W), p (edges, 8) the weights of the operations, wide (edges * C,) for each
         operation the same per channel, q (edges,) those of the bypass
         -> (N, edges * C, H', W'), one edge beside the other."""
-        x, *bypass = x.chunk(self.partial, 1)
-        C, r = x.shape[1], F.relu(x)
+        C, bypass = x.shape[1] // self.partial, None
+        if self.partial > 1:
+            x, bypass = x.split([C, x.shape[1] - C], 1)
+        r = F.relu(x)
 
         @functools.cache
         def repeat(x, n):                                         # n copies side by side
@@ -260,7 +262,6 @@ class MixedEdges(nn.Module):
         out = functools.reduce(torch.Tensor.add_, terms)
         if self.partial == 1:
             return out
-        bypass = torch.cat(bypass, 1)
         if self.stride == 2:
             bypass = F.max_pool2d(bypass, 2, ceil_mode=True)
         out = nhwc(out).unflatten(3, (-1, C))
@@ -331,14 +332,14 @@ class Supernet(nn.Module):
                                          kept[reduction], self.knobs, partial, auxiliary))
             C_prev_prev, C_prev = C_prev, NODES * C
         self.classifier = nn.Linear(C_prev, num_classes)
+        self.register_buffer("order", torch.tensor(sum(OUTGOING, [])), persistent=False)
 
     def forward(self, x, alphas):
         """x (N, 3, H, W), alphas: initial_alphas' -> logits (N, num_classes)."""
         if self.knobs.skip_dropout and self.training:
             self.knobs.generator = torch.Generator(x.device).manual_seed(self.knobs.seed)
-        order = torch.tensor(sum(OUTGOING, []), device=x.device)
-        p = [weights[order] for weights in operation_weights(alphas)]
-        q = [edge_weights(beta)[order] for beta in alphas[2:]] or [None, None]
+        p = [weights[self.order] for weights in operation_weights(alphas)]
+        q = [edge_weights(beta)[self.order] for beta in alphas[2:]] or [None, None]
         s0 = self.stem0(x)
         s1 = self.stem1(s0)
         for cell in self.cells:
@@ -526,7 +527,8 @@ def call(module: nn.Module, weights: list[Tensor], *inputs):
     """module(*inputs) at other weights (in the order of its parameters), in training by the batch's
     statistics alone: changes nothing in the module."""
     state = dict(zip((name for name, _ in module.named_parameters()), weights, strict=True))
-    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    norms = [part for part in module.modules()
+             if isinstance(part, nn.BatchNorm2d) and part.track_running_stats]
     try:
         for norm in norms:
             norm.track_running_stats = False
@@ -1440,13 +1442,13 @@ class Run:
             weights = [line["mean_weights"] for line in state["history"]]
             write(args.out / "weights.svg", weights_svg(weights, title))
 
-
     def picture(self, name: str, rows: dict, size: int = 96):
-        """Write a picture of an epoch into the run's folder; rows: write_pictures'."""
-        write_pictures(self.args.out / name, rows, size)
+        """Write a PNG of an epoch into the run's folder; rows, size: draw_pictures'."""
+        canvas, content = draw_pictures(rows, size), io.BytesIO()
+        canvas.save(content, "PNG")
+        write(self.args.out / name, content.getvalue())
         if self.board:
-            pixels = np.asarray(Image.open(self.args.out / name))
-            self.board.add_image(name, pixels, self.state["step"], dataformats="HWC")
+            self.board.add_image(name, np.asarray(canvas), self.state["step"], dataformats="HWC")
 
 
 def peak_memory(device) -> float:
@@ -1468,8 +1470,8 @@ def print_next(args, dataset: str):
     print(*parts, *["--quick"] if args.quick else [])
 
 
-def write_pictures(path: Path, rows: dict, size: int = 96):
-    """A PNG of rows of images, `size` pixels each, under their titles and over their captions.
+def draw_pictures(rows: dict, size: int) -> Image.Image:
+    """A picture of rows of images, `size` pixels each, under their titles and over their captions.
 
     rows: title -> list of (image (3, H, W) uint8, caption).
     """
@@ -1486,9 +1488,7 @@ def write_pictures(path: Path, rows: dict, size: int = 96):
             canvas.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y + 24))
             draw.text((x, y + 27 + size), caption, "black", ImageFont.load_default(13))
         y += height
-    content = io.BytesIO()
-    canvas.save(content, "PNG")
-    write(path, content.getvalue())
+    return canvas
 
 
 def run(main, argv=None):
