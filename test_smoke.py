@@ -548,6 +548,12 @@ def test_a_gradient_evaluation_changes_no_state(kw):
     assert not same(before, snapshot(*parts))
 
 
+def test_call_leaves_a_norm_without_statistics_as_it_is():
+    norm = nn.BatchNorm2d(2, track_running_stats=False)
+    ops.call(norm, list(norm.parameters()), torch.randn(3, 2, 4, 4))
+    assert not norm.track_running_stats
+
+
 def test_virtual_weights_are_the_optimizers_step():
     m, batches = smooth_problem()
     w = list(m.testee.parameters())
