@@ -1,7 +1,9 @@
 """Tests: every gradient, network and file against an oracle, then small runs from end to end.
 
     python -m pytest -q test_smoke.py
-    python test_smoke.py --bench         # speed, memory, what the difference measures, precision
+    python test_smoke.py --bench         # speed, memory, precision
+    python test_smoke.py --terms         # the second-order terms in a search
+    python test_smoke.py --labels 3      # how LPT weighs wrong labels, three seeds
     python test_smoke.py --soak          # 600 kills and 2,000 damages
 """
 
@@ -365,7 +367,7 @@ def supernet_problem(base=None):
 def sgd_step(optimizer, weights, loss):
     """One SGD step that stays in the graph."""
     group = optimizer.param_groups[0]
-    return [w - group["lr"] * (group["momentum"] * optimizer.state[w]["momentum_buffer"] + g
+    return [w - group["lr"] * (group["momentum"] * optimizer.state[w].get("momentum_buffer", 0) + g
                                + group["weight_decay"] * w)
             for w, g in zip(weights, torch.autograd.grad(loss, weights, create_graph=True))]
 
@@ -2619,49 +2621,6 @@ def bench_speed(device, peers, count=5):
         print()
 
 
-def bench_difference(data_dir):
-    """What the central difference measures, as a Markdown table."""
-    data = ops.load_images("folder" if data_dir else "synthetic", data_dir, "cpu")
-    rows = ops.split_rows(data.labels, 1)
-    streams = [ops.Stream(data, rows[name != "train"], 16, 1, name)
-               for name in ("train", "bank", "val")]
-
-    def batches(step):
-        return [(x.double(), y, i) for x, y, i in (stream(step) for stream in streams)]
-
-    torch.manual_seed(1)
-    n = len(data.classes)
-    testee = ops.place(ops.Supernet(8, n, 4), "cpu").double()
-    tester = ops.place(lpt.Tester("resnet18", n), "cpu").double()
-    alphas = [nn.Parameter(a.double()) for a in ops.initial_alphas("cpu")]
-    creator = list(nn.Linear(512, 1).double().parameters())
-    m = learners(testee, alphas, tester, creator, batches(0), lr=0.025)
-    print(f"The second-order terms of LPT on {data_dir or 'synthetic images'}, float64, C 8, "
-          "4 cells, batch 16:\nshare = |term| / |gradient|, error = |term - exact| / |exact|\n")
-    print("| radius | " + " | ".join(f"A: {what}, {when} | C: {what}, {when}"
-                                     for when in ("at the start", "after 30 steps")
-                                     for what in ("share", "error")) + " |")
-    print("|---" * 9 + "|")
-    table = {radius: [] for radius in ("exact", 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
-    for stage in range(2):
-        exact, direct = exact_lpt(m, batches(100))
-        for radius, line in table.items():
-            got = exact if radius == "exact" else lpt.outer_gradients(m, batches(100),
-                                                                      radius=radius)[:2]
-            terms = [difference(g, d) for g, d in zip(got, direct)]
-            line += [relative_error(d, g) for g, d in zip(got, direct)]
-            line += [relative_error(t, difference(e, d))
-                     for t, e, d in zip(terms, exact, direct)]
-        for step in range(30 if stage == 0 else 0):                # of the weights alone
-            b = batches(step)
-            for opt, loss in ((m.tester_opt, lpt.tester_loss(tester, creator, b, 1.0, 0)),
-                              (m.testee_opt, F.cross_entropy(testee(b[0][0], alphas), b[0][1]))):
-                weights = opt.param_groups[0]["params"]
-                ops.descend(opt, weights, ops.grad(loss, weights), 5.0)
-    for radius, line in table.items():
-        print(f"| {radius} | " + " | ".join(f"{v:.2g}" for v in line) + " |")
-
-
 def cosine(a, b):
     a, b = (torch.cat([t.flatten().double().cpu() for t in part]) for part in (a, b))
     return F.cosine_similarity(a, b, 0).item()
@@ -2731,6 +2690,160 @@ def bench_precision(data_dir, device):
                   flush=True)
 
 
+# ------------------------------------------------------------------------------------ the studies
+
+REDUCED = ["--image-size", "16", "--layers", "3", "--channels", "4", "--batch-size", "50",
+           "--alpha-lr", "6e-3", "--device", "cpu"]
+
+
+def widen(part):
+    """float64 in place: learners, their optimizers' buffers, tensors, and what holds them."""
+    if isinstance(part, nn.Module):
+        widen([*part.parameters(), *part.buffers()])
+    elif isinstance(part, torch.optim.Optimizer):
+        for state in part.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].double()
+    elif isinstance(part, torch.Tensor):
+        part.data = part.data.double() if part.is_floating_point() else part.data
+    elif isinstance(part, (list, tuple, lpt.Learners, il.Stage, lease.Learners)):
+        for each in part if isinstance(part, (list, tuple)) else vars(part).values():
+            widen(each)
+
+
+def lpt_terms(gradients, m, batches, order, lam, gamma, ablation, radius):
+    def exact(wide):
+        return exact_lpt(*wide, order, lam, gamma, ablation)
+
+    def ours(radius, wide=(m, batches)):
+        return gradients(*wide, order, lam, gamma, ablation, radius)[:2]
+    return (m, batches), exact, ours
+
+
+def il_terms(gradient, stages, alphas, grads, train, val, lam, step, order, radius):
+    def exact(wide):
+        return [[part] for part in exact_il(*wide, lam, step)]
+
+    def ours(radius, wide=None):
+        at = wide or (stages, alphas, train, val)
+        g = stage_gradients(*at[:3]) if wide else grads
+        return [gradient(*at[:2], g, *at[2:], lam, step, order, radius)[0]]
+    return (stages, alphas, train, val), exact, ours
+
+
+def lease_terms(gradient, m, train, val, delta, ahead, gamma, weighting, order, radius):
+    def exact(wide):
+        return [[part] for part in exact_lease(*wide, gamma, weighting, order)]
+
+    def ours(radius, wide=None):
+        at = wide or (m, train, val, delta)
+        ready = lease.look_ahead(at[0], at[1], at[3], weighting, order) if wide else ahead
+        return [gradient(*at, ready, gamma, weighting, order, radius)[0]]
+    return (m, train, val, delta), exact, ours
+
+
+def study_terms(folders, radii=(1e-8, 1e-3, 1e-2, 1e-1)):
+    """What the second-order terms are during a search, and how far the differences are from the
+    exact derivative in float64: medians over three steps at the start, middle and end."""
+    print("| | exact share | error at " + " | ".join(f"{r:g}" for r in radii)
+          + " | as searched: share | error | cosine |\n|" + "---|" * (5 + len(radii)), flush=True)
+    tasks = [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
+    one = ["--dataset", tasks[0]]
+    n = len(ops.load_images(tasks[0], None, "cpu", 16).labels) // 2
+    last = math.ceil(n / int(REDUCED[REDUCED.index("--batch-size") + 1]))
+    for name, module, function, terms, argv in (
+            ("LPT", lpt, "outer_gradients", lpt_terms, one),
+            ("IL", il, "outer_gradient", il_terms, ["--tasks", *tasks]),
+            ("LeaSE", lease, "outer_gradient", lease_terms, one)):
+        real, step, found = getattr(module, function), itertools.count(1), {}
+
+        def watched(*args):
+            now = next(step)
+            when = next((w for w, first in (("start", 1), ("middle", last // 2), ("end", last - 2))
+                         if first <= now < first + 3), None)
+            if when:
+                parts, exact, ours = terms(real, *args)
+                wide = copy.deepcopy(parts)
+                widen(wide)
+                totals, directs = exact(wide)
+                tries = [ours(radius, wide) for radius in radii] + [ours(args[-1])]
+                for i, (t, d) in enumerate(zip(totals, directs)):
+                    term = difference(t, d)
+                    line = [relative_error(d, t)]
+                    line += [relative_error(difference(g[i], d), term) for g in tries[:-1]]
+                    mine = [g.double() for g in tries[-1][i]]
+                    line += [relative_error(d, mine), relative_error(difference(mine, d), term),
+                             cosine(mine, t)]
+                    found.setdefault((when, "AC"[i]), []).append(line)
+            return real(*args)
+
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+            patch.setattr(module, function, watched)
+            patch.setattr("builtins.print", lambda *args, **kw: None)
+            module.main([*argv, *REDUCED, "--epochs", "1", "--out", folder])
+        for (when, player), lines in sorted(found.items(), key=lambda item: item[0][1]):
+            middle = [f"{statistics.median(column):.2g}" for column in zip(*lines)]
+            print(f"| {name}, {player}, {when} | " + " | ".join(middle) + " |", flush=True)
+
+
+def auc(low, high):
+    """How often one of `high` is above one of `low`, equal ones counting half."""
+    gap = high[:, None] - low
+    return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
+
+
+def test_auc_by_hand():
+    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0, 3.0, 4.0])) == 5.5 / 8
+
+
+LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5", "1", "2", "5"))]
+
+
+def study_labels(folders, seeds, settings=LABELS, epochs=3):
+    """Whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them less,
+    0.5: no telling, 0: all more) after every epoch of a search."""
+    dataset = f"folder:{folders[0]}" if folders else "synthetic:10"
+    shares = ["--subsets", "0.2", "0.2"] if folders else []
+    load, tests, found, wrong = ops.load_images, lpt.tests, [], {}
+
+    def planted(*args, **kw):
+        """The images with the truth about their labels; in real ones every tenth is replaced."""
+        data = load(*args, **kw)
+        n, classes, rng = len(data.labels), len(data.classes), np.random.default_rng(7)
+        if folders:
+            true = data.labels.clone()
+            rows = torch.from_numpy(rng.choice(n, n // 10, False))
+            data.labels[rows] += torch.from_numpy(rng.integers(1, classes, n // 10))
+            data.labels %= classes
+        else:
+            true = torch.from_numpy(np.random.default_rng([classes, 16, False]).integers(
+                classes, size=n))
+        wrong["rows"] = data.labels != true
+        return data
+
+    def watched(data, rows, f):
+        bad = wrong["rows"][torch.as_tensor(rows)]
+        found.append(auc(f[bad], f[~bad]))
+        return tests(data, rows, f)
+
+    print(f"{dataset}, {seeds} seeds: AUC after each epoch\n\n| |"
+          + "".join(f" {epoch + 1} |" for epoch in range(epochs)) + "\n|" + "---|" * (epochs + 1),
+          flush=True)
+    for setting in settings:
+        found.clear()
+        for seed in range(1, seeds + 1):
+            with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+                patch.setattr(ops, "load_images", planted)
+                patch.setattr(lpt, "tests", watched)
+                patch.setattr("builtins.print", lambda *args, **kw: None)
+                lpt.main(["--dataset", dataset, *REDUCED, *shares, "--epochs",
+                          str(epochs), "--seed", str(seed), "--out", folder, *setting])
+        by_epoch = [found[i::epochs] for i in range(epochs)]
+        cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if seeds > 1
+                                                else "") for v in by_epoch]
+        print(f"| {' '.join(setting)} | " + " | ".join(cells) + " |", flush=True)
+
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The benchmark; the tests run under pytest.")
     parser.add_argument("--bench", action="store_true", help="print the tables")
@@ -2738,7 +2851,12 @@ if __name__ == "__main__":
     parser.add_argument("--peers", type=Path,
                         help="a folder with checkouts of quark0/darts and Focusjd/LPT-COVIDx, as "
                              "darts and LPT-COVIDx, to time beside us")
-    parser.add_argument("--data", type=Path, help="an ImageFolder tree of 32-pixel images")
+    parser.add_argument("--terms", action="store_true",
+                        help="how large the second-order terms are in a search, and how exact")
+    parser.add_argument("--labels", type=int, metavar="SEEDS",
+                        help="how LPT's tester weighs wrong labels, for several lambda")
+    parser.add_argument("--data", type=Path, nargs="+", default=[],
+                        help="ImageFolder trees of 32-pixel images; IL takes all, others the first")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--soak", type=int, nargs="?", const=150,
@@ -2763,8 +2881,11 @@ if __name__ == "__main__":
         device = torch.device(options.device)
         bench_speed(device, options.peers)
         bench_floor(device)
-        if device.type == "cpu":
-            bench_difference(options.data)
-        bench_precision(options.data, device)
+        bench_precision(options.data and options.data[0], device)
+    elif options.terms:
+        study_terms(options.data)
+    elif options.labels:
+        study_labels(options.data, options.labels)
     else:
-        parser.error("give --bench or --soak, or run python -m pytest test_smoke.py")
+        parser.error("give --bench, --terms, --labels or --soak, or run python -m pytest "
+                     "test_smoke.py")
