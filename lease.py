@@ -21,8 +21,8 @@ Departures from the printed equations:
 2. Delta starts at random, near zero, in every step: at zero the gradient of O_Delta is zero, and
    crops and flips are new in every step.
 3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, held constant, so
-   that delta' has unit root-mean-square and delta' . x the scale of x. With a small fixed one
-   the audience's share of the gradient vanishes.
+   that delta' has unit root-mean-square and delta' . x the scale of x. After a step of a learning
+   rate's size delta' is still its random start, to 1e-4.
 4. The chain below Eq. 11 leaves out how the explanation depends on A directly, through the f of
    O_Delta: nearly all of the audience's gradient. It is kept, from the same two passes.
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.

@@ -63,6 +63,11 @@ def difference(a, b):
     return [x - y for x, y in zip(a, b)]
 
 
+def cosine(a, b):
+    a, b = (torch.cat([t.flatten().double().cpu() for t in part]) for part in (a, b))
+    return F.cosine_similarity(a, b, 0).item()
+
+
 # ------------------------------------------------------------------ supernet: the per-edge oracle
 
 
@@ -488,6 +493,15 @@ def test_a_wrong_lpt_gradient_is_seen(name):
     assert max(lpt_errors(m, batches, module=mutant("lpt", *MUTATIONS[name]), gamma=2.0)) > 1e-3
 
 
+@pytest.mark.parametrize("name,i,expected", [("no df/dC (Eq. 23)", 1, 0.13),
+                                             ("no momentum", 0, 0.983)])
+def test_what_lpt_prints_points_elsewhere(name, i, expected):
+    """The cosine of A's (0) or C's gradient, as printed, with the exact one; the code's is 1."""
+    m, batches = smooth_problem()
+    wrong = mutant("lpt", *MUTATIONS[name]).outer_gradients(m, batches, radius=1e-3)
+    assert cosine(wrong[i], exact_lpt(m, batches)[0][i]) == pytest.approx(expected, abs=5e-3)
+
+
 def darts_gradient(testee, alphas, optimizer, train, val):
     """Second-order DARTS (its Eq. 7) by exact differentiation."""
     w = list(testee.parameters())
@@ -815,6 +829,15 @@ def test_a_wrong_lease_gradient_is_seen(name):
     assert max(lease_errors(lease_problem(), mutant("lease", *LEASE_MUTATIONS[name]))) > 1e-3
 
 
+def test_what_lease_prints_points_elsewhere():
+    """The cosine of A's gradient, as printed, with the exact one; that of the code is 1."""
+    problem = lease_problem(supernet=True)
+    exact, _ = exact_lease(*problem)
+    for name, expected in (("descent in Eq. 7", -0.29), ("no dO/dA", 0.25)):
+        wrong = lease_gradient(problem, mutant("lease", *LEASE_MUTATIONS[name]), radius=1e-8)
+        assert cosine(wrong, exact) == pytest.approx(expected, abs=0.05)
+
+
 def test_lease_without_audience_is_darts():
     m, train, val, delta = problem = lease_problem()
     exact = darts_gradient(m.explainer, m.alphas, m.explainer_opt, train, val)
@@ -831,6 +854,19 @@ def test_an_explanation_has_unit_scale_and_raises_the_objective():
         return lease.explanation_objective(m.explainer, m.alphas, e, x, delta)
 
     assert objective(explanation) > objective(delta) > objective(torch.zeros_like(delta))
+
+
+def test_a_start_at_zero_and_a_fixed_step_explain_nothing():
+    """LeaSE Eq. 7 as printed: at zero the gradient is zero, and a step of 0.025 stays there."""
+    m, (x, _), _, delta = lease_problem(supernet=True)
+    e = list(m.explainer.parameters())
+
+    def gradient(delta):
+        at = delta.clone().requires_grad_()
+        return ops.grad(lease.explanation_objective(m.explainer, m.alphas, e, x, at), [at])[0]
+
+    assert gradient(torch.zeros_like(delta)).norm() < 1e-9 * gradient(delta).norm()
+    assert 0.025 * gradient(delta).norm() < 1e-4 * delta.norm()
 
 
 @pytest.mark.parametrize("method", ["il", "lease"])
@@ -2619,11 +2655,6 @@ def bench_speed(device, peers, count=5):
                   f"{line[1]:.0f} | {line[1] / first[1]:.2f} | {calls.count} | "
                   f"{seconds[kind][1]:.3g} |", flush=True)
         print()
-
-
-def cosine(a, b):
-    a, b = (torch.cat([t.flatten().double().cpu() for t in part]) for part in (a, b))
-    return F.cosine_similarity(a, b, 0).item()
 
 
 def bench_precision(data_dir, device):
