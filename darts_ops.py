@@ -99,7 +99,6 @@ def preprocess(C_in, C_out, reduce=False, affine=False):
 
 def operation(name: str, C: int, stride: int, affine: bool) -> nn.Module:
     """One candidate operation on one edge, as the evaluated network uses it (DARTS §3.1.1)."""
-    kernel = int(name[-1]) if name[-1].isdigit() else 0
     if name == "max_pool_3x3":
         return nn.MaxPool2d(3, stride, 1)
     if name == "avg_pool_3x3":
@@ -107,6 +106,7 @@ def operation(name: str, C: int, stride: int, affine: bool) -> nn.Module:
     if name == "skip_connect":
         return (nn.Identity() if stride == 1 else
                 nn.Sequential(nn.ReLU(), FactorizedReduce(C, C, affine=affine)))
+    kernel = int(name[-1])
     if name.startswith("sep_conv"):
         return nn.Sequential(nn.ReLU(), SeparableConv(C, kernel, stride, affine=affine),
                              nn.ReLU(inplace=True), SeparableConv(C, kernel, affine=affine))
@@ -163,7 +163,7 @@ class MixedEdges(nn.Module):
     The convolutions of one type are merged over the edges into one grouped convolution; what has no
     weights (pooling with its BN, identity) is computed once; `none` adds zero and is left out.
     kept: per edge, the names of its candidates. partial: the operations see C / partial channels,
-    the others pass by, and all are shuffled (PC-DARTS §3.1). auxiliary: DARTS-'s skip beside them.
+    the others pass by, and all are shuffled (PC-DARTS §3.2). auxiliary: DARTS-'s skip beside them.
     """
 
     def __init__(self, C, kept, stride, knobs, partial=1, auxiliary=False):
@@ -299,7 +299,7 @@ class SearchCell(nn.Module):
         return torch.cat([*states[2:], nodes], 1)                 # (N, 4C, H', W')
 
 
-def stem(C, imagenet=False):
+def stem(C, imagenet):
     """The layers before the first cell and their last width: two modules, of which the second makes
     the second input of the first cell from the first. imagenet: three convolutions of stride 2."""
     def conv(a, b, stride=2):
@@ -317,11 +317,9 @@ class Supernet(nn.Module):
     candidates per edge; partial, auxiliary: MixedEdges'; imagenet: the stem of stride 8.
     """
 
-    def __init__(self, C=16, num_classes=10, layers=8, kept=ALL, partial=1, auxiliary=False,
+    def __init__(self, C, num_classes, layers, kept=ALL, partial=1, auxiliary=False,
                  imagenet=False):
         super().__init__()
-        if C % (2 * partial):
-            raise BadInput(f"--channels {C}: must be a multiple of {2 * partial}")
         self.knobs = Knobs()
         self.stem0, self.stem1, C_prev = stem(C, imagenet)
         self.cells, C_prev_prev, reduction = nn.ModuleList(), C_prev, imagenet
@@ -416,7 +414,8 @@ def prune(alphas: list[Tensor], keep: int) -> list:
 
 
 def architecture_report(alphas: list[Tensor]) -> dict:
-    """Mean entropy of softmax(alpha) in nats, and skip connections in the decoded normal cell."""
+    """Mean entropy of softmax(alpha) in nats, and skip connections in the normal cell, decoded
+    without a limit on them."""
     p = F.softmax(torch.cat([a.detach() for a in alphas[:2]]), -1)
     return {"alpha_entropy": torch.special.entr(p).sum(-1).mean().item(),
             "skip_connections": sum(op == "skip_connect" for op, _ in decode(alphas).normal)}
@@ -480,7 +479,7 @@ def schedule(args, stage: int, epoch: int, step: int, nets, opts) -> bool:
     for net, opt in zip(nets, opts):
         opt.param_groups[0]["lr"] = cosine(args.lr, args.lr_min, epoch, args.epochs)
         net.knobs.skip_dropout, net.knobs.seed = rate, mixed_seed(args.seed, step, rank())
-        net.knobs.auxiliary = args.auxiliary_skip * (1 - max(epoch, args.epochs == 1) / last)
+        net.knobs.auxiliary = args.auxiliary_skip * (1 - epoch / last if args.epochs > 1 else 0)
     return learns
 
 
@@ -507,7 +506,7 @@ def reduce(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
     return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
 
-def total(x: Tensor) -> Tensor:
+def global_sum(x: Tensor) -> Tensor:
     """The sum of x over all processes, whose gradient, averaged by grad, is the sum's."""
     if world_size() == 1:
         return x
@@ -906,24 +905,16 @@ def read_ahead(data: ImageFiles, draw, order):
     """x, y, rows of draw(i) for i in order, read by worker processes if there are any."""
     answers = iter(DataLoader(Reading(data, draw), batch_size=None, sampler=order,
                               num_workers=data.workers, pin_memory=torch.cuda.is_available(),
-                              worker_init_fn=apart, collate_fn=same, generator=torch.Generator()))
-
-    def batches():
-        for x, rows in answers:
-            if rows is None:
-                raise x
-            rows = torch.from_numpy(rows)
-            yield data.finish(x), data.labels[rows].to(data.device), rows.to(data.device)
-    return batches()
+                              worker_init_fn=apart, generator=torch.Generator()))
+    for x, rows in answers:                                       # rows are a tensor by now
+        if rows is None:
+            raise x
+        yield data.finish(x), data.labels[rows].to(data.device), rows.to(data.device)
 
 
 def apart(_):
     """A worker in a process group of its own: a signal to the run's group is not for it."""
     os.setpgrp()
-
-
-def same(item):
-    return item
 
 
 def batches(data, rows, batch_size: int):
@@ -1004,7 +995,8 @@ def data_arguments(parser):
     add("--data", type=Path, default=Path("data"),
         help="where CIFAR is or goes; the root of a folder or of ImageNet")
     add("--image-size", type=number(int, 8, 512), default=None,
-        help="resize a folder's images to this many pixels; size of synthetic ones; ImageNet 224")
+        help="resize a folder's images to this many pixels; size of synthetic ones; else as they "
+             "are, ImageNet's 224")
     add("--hold-out", type=number(int, 0), default=0,
         help="training images kept for evaluate.py to test on; Skillearn's lambda study has 5000 "
              "(§3.2.4)")
@@ -1015,7 +1007,8 @@ def data_arguments(parser):
 def search_arguments(parser):
     """The arguments of every search: its images, its base and the supernets' training."""
     data_arguments(parser)
-    add = parser.add_argument_group("the base search; the defaults are --base's").add_argument
+    add = parser.add_argument_group(
+        "the base search; the defaults are its paper's (BASES), or the method's").add_argument
     add("--base", choices=BASES, default="darts-2nd", help="whose recipe and supernet to take")
     add("--order", type=int, choices=(1, 2), help="1: xi = 0 for A (DARTS §2.3)")
     add("--layers", type=number(int, 3), nargs="+", help="cells, per stage")
@@ -1040,32 +1033,35 @@ def search_arguments(parser):
     add("--channels", type=number(int, 2), default=16, help="C of the first cell")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of every SGD")
     add("--weight-decay", type=real, default=3e-4, help="of every SGD")
-    add("--grad-clip", type=real, default=5.0, help="largest gradient norm of a network; 0: any")
+    add("--grad-clip", type=real, default=5.0,
+        help="largest gradient norm of a searched network; 0: any")
     add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
     add("--radius", type=number(float, 1e-12), default=1e-2,
         help="of the central differences: eps = radius / |v| (DARTS Eq. 8, LPT Eq. 17)")
     add("--subsets", type=number(float, 0, 1), nargs=2, default=None,
-        help="shares of every class that train weights and A, instead of halves; "
-             "ImageNet 0.1 0.025 (PC-DARTS §4.3)")
+        help="shares of every class that train weights and A, else halves; ImageNet's 0.1 0.025 "
+             "(PC-DARTS §4.3)")
     run_arguments(parser, 10, "off, bf16 (the passes that train weights) or bf16-all (A's too)",
                   ("off", "bf16", "bf16-all"))
 
 
 def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add = parser.add_argument_group("the run").add_argument
-    add("--seed", type=number(int, 0), default=1, help="of everything random; LPT has 1 to 10")
+    add("--seed", type=number(int, 0), default=1,
+        help="of everything random; LPT and LeaSE have 1 to 10")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--amp", choices=levels, default="off", help=amp)
     add("--tf32", action=flag, default=False, help="let NVIDIA's matrix units round to TF32")
     add("--deterministic", action=flag, default=False,
         help="only algorithms that repeat their bits on a GPU too; slower")
-    add("--out", type=Path, default=None, help="run folder (default: runs/...)")
+    add("--out", type=Path, default=None, help="run folder; else one in runs/")
     add("--resume", action=flag, default=False, help="go on from the run folder's checkpoint")
     add("--checkpoint-minutes", type=real, default=10, help="between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
     add("--tensorboard", action=flag, default=False,
         help="write the figures and pictures for tensorboard too, which must be installed")
-    add("--quick", action=flag, default=False, help="a tiny run on synthetic images")
+    add("--quick", action=flag, default=False,
+        help="a tiny run on synthetic images: few cells, channels and epochs")
 
 
 def search_recipe(chosen, changes: dict) -> dict:
@@ -1322,7 +1318,7 @@ class Run:
         self.board = None
         if args.tensorboard and not rank():
             self.board = SummaryWriter(args.out, purge_step=self.state["step"])
-        self.parts, self.alphas, self.due, self.new = {}, None, False, True
+        self.due, self.new = False, True
 
     def stages(self):
         """The stages that are left; between two of them the candidates are pruned."""
@@ -1423,12 +1419,11 @@ class Run:
         if alphas and 0 < args.stop_at_skips <= line["skip_connections"]:
             state["stopped"] = (f"the normal cell has {line['skip_connections']} skip connections, "
                                 f"--stop-at-skips is {args.stop_at_skips}")
-            line["stopped"] = state["stopped"]
             print("the search ends here:", state["stopped"])
-        print(" ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "stopped"), flush=True)
-        for name, value in line.items():
-            if self.board and name != "stopped":
-                self.board.add_scalar(f"epoch/{name}", value, state["step"])
+        print(" ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True)
+        for name, value in line.items() if self.board else ():
+            self.board.add_scalar(f"epoch/{name}", value, state["step"])
+        line |= {"stopped": state["stopped"]} if state["stopped"] else {}
         if alphas:
             line["mean_weights"] = mean_weights(alphas)
         self.lap, self.due = time.time(), True
@@ -1459,15 +1454,19 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
 
 
-def print_next(args, dataset: str):
-    """The command that evaluates what a search found."""
-    parts = ["python evaluate.py --arch", shlex.quote(f"{args.out}/genotype.json"),
-             "--dataset", shlex.quote(dataset)]
-    if dataset in ("cifar10", "cifar100", "folder", "imagenet"):  # the others name their place
-        parts.append(f"--data {shlex.quote(str(args.data))}")
-    parts += [f"--image-size {args.image_size}"] if args.image_size else []
-    parts += [f"--hold-out {args.hold_out}"] if args.hold_out else []
-    print(*parts, *["--quick"] if args.quick else [])
+def print_next(args):
+    """Where a search's cell is, and the commands that evaluate it."""
+    print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
+    for dataset in task_names(args):
+        parts = ["python evaluate.py --arch", shlex.quote(f"{args.out}/genotype.json"),
+                 "--dataset", shlex.quote(dataset)]
+        if dataset in ("cifar10", "cifar100", "folder", "imagenet"):  # the others name their place
+            parts.append(f"--data {shlex.quote(str(args.data))}")
+        if args.base in ("pdarts", "pcdarts") and dataset != "imagenet":
+            parts.append("--drop-path 0.3")                       # as their papers have it
+        parts += [f"--image-size {args.image_size}"] if args.image_size else []
+        parts += [f"--hold-out {args.hold_out}"] if args.hold_out else []
+        print(*parts, *["--quick"] if args.quick else [])
 
 
 def draw_pictures(rows: dict, size: int) -> Image.Image:

@@ -54,22 +54,16 @@ class Cell(nn.Module):
         return torch.cat([states[i] for i in self.concat], 1)
 
 
-class AuxiliaryHead(nn.Module):
+def auxiliary_head(C, num_classes, size):
     """A second classifier on the features after the second reduction and its ReLU, for training
     only."""
-
-    def __init__(self, C, num_classes, size):
-        super().__init__()
-        # 8 pixels (CIFAR) and 7 (ImageNet) pool to 2 x 2 with the published windows
-        pool = (nn.AvgPool2d(5, size - 5, count_include_pad=False) if size in (7, 8)
-                else nn.AdaptiveAvgPool2d(2))
-        self.features = nn.Sequential(
-            pool, nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
-            nn.Linear(768, num_classes))
-
-    def forward(self, x):
-        return self.features(x)
+    # 8 pixels (CIFAR) and 7 (ImageNet) pool to 2 x 2 with the published windows
+    pool = (nn.AvgPool2d(5, size - 5, count_include_pad=False) if size in (7, 8)
+            else nn.AdaptiveAvgPool2d(2))
+    return nn.Sequential(
+        pool, nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+        nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
+        nn.Linear(768, num_classes))
 
 
 class Network(nn.Module):
@@ -79,7 +73,7 @@ class Network(nn.Module):
     def __init__(self, genotype, C, num_classes, layers, auxiliary=True, imagenet=False,
                  image_size=32):
         super().__init__()
-        self.drop_path = 0.0
+        self.drop_path, self.auxiliary_at = 0.0, 2 * layers // 3
         self.stem0, self.stem1, C_prev = ops.stem(C, imagenet)
         self.cells, C_prev_prev, reduction, self.auxiliary = nn.ModuleList(), C_prev, imagenet, None
         size = -(-image_size // 8) if imagenet else image_size
@@ -89,9 +83,8 @@ class Network(nn.Module):
             cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
             self.cells.append(cell)
             C_prev_prev, C_prev = C_prev, len(cell.concat) * C
-            if i == 2 * layers // 3 and auxiliary:
-                self.auxiliary = AuxiliaryHead(C_prev, num_classes, size)
-        self.auxiliary_at = 2 * layers // 3
+            if i == self.auxiliary_at and auxiliary:
+                self.auxiliary = auxiliary_head(C_prev, num_classes, size)
         self.classifier = nn.Linear(C_prev, num_classes)
 
     def forward(self, x):
@@ -135,7 +128,8 @@ def get_args(argv=None):
     add("--layers", type=ops.number(int, 3), default=20, help="cells")
     add("--channels", type=ops.number(int, 2), default=36, help="C of the first cell")
     add("--epochs", type=ops.number(int, 1), default=600, help="passes over the training images")
-    add("--batch-size", type=ops.number(int, 2), default=96, help="of a step, over all GPUs")
+    add("--batch-size", type=ops.number(int, 2), default=96,
+        help="of a step, over all GPUs; IL on P-DARTS and PC-DARTS has 64 (§4.3.1)")
     add("--lr", type=real, default=0.025, help="SGD, to 0")
     add("--decay", choices=("cosine", "linear"), default="cosine", help="of the learning rate")
     add("--warm-up", type=ops.number(int, 0), default=0, help="epochs of a linear rise to --lr")
@@ -147,8 +141,8 @@ def get_args(argv=None):
     add("--auxiliary", action=ops.flag, default=True, help="train with the auxiliary head")
     add("--auxiliary-weight", type=real, default=0.4, help="of its loss")
     add("--drop-path", type=ops.number(float, 0, 0.99), default=None,
-        help="rate that drop-path rises to, linearly over the epochs (0.3 for the published "
-             "P-DARTS and PC-DARTS cells, else 0.2)")
+        help="rate that drop-path rises to, linearly over the epochs; else 0.3 for the published "
+             "P-DARTS and PC-DARTS cells, 0.2 for others")
     ops.run_arguments(parser, 50, "off or bf16", ("off", "bf16"))
     return ops.parse(parser, argv, "evaluate", lambda chosen: (
         (IMAGENET if chosen.dataset == "imagenet" else {}) | (QUICK if chosen.quick else {})))
@@ -170,7 +164,7 @@ def search_of(arch: str) -> dict:
 
 def summary(folders: list[Path]) -> str:
     """A Markdown table of the results in run folders or in the folders they lie in: a line per
-    data set, network and cell or search, whose seeds it takes together."""
+    data set, network, cell or search and its settings, whose seeds it takes together."""
     groups = {}
     for folder in folders:
         files = sorted(folder.rglob("result.json"))
@@ -180,17 +174,18 @@ def summary(folders: list[Path]) -> str:
             try:
                 r = json.loads(file.read_text())
                 network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
-                key = r["data"], network, r["cell"], json.dumps(r["search"], sort_keys=True)
+                setting = r["search"] | {f"evaluate {k}": v for k, v in r["training"].items()}
+                key = r["data"], network, r["cell"], json.dumps(setting, sort_keys=True)
                 groups.setdefault(key, []).append(r)
-                r["test_error"] + r["params_M"], r["dataset"], r["search"].items()
+                r["test_error"] + r["params_M"], r["dataset"]
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
                                    ) from None
     lines = ["| cell | data | network | test error, % | n | parameters, M | search, days | paper |",
              "|---" * 8 + "|"]
-    for (data, network, cell, search), runs in sorted(groups.items()):
+    for (data, network, cell, setting), runs in sorted(groups.items()):
         others = [json.loads(k[3]) for k in groups if k[:3] == (data, network, cell)]
-        changed = [f", {k} {v}" for k, v in json.loads(search).items()
+        changed = [f", {k} {v}" for k, v in json.loads(setting).items()
                    if any(other.get(k) != v for other in others)]
         errors, spread = [r["test_error"] for r in runs], ""
         if len(runs) > 1:
@@ -286,11 +281,12 @@ def main(argv=None):
         top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size)
     history = run.state["history"]
     where = args.data.name if args.dataset == "folder" else args.dataset
+    training = {k: v for k, v in ops.plain(args).items() if k not in ("arch", "seed", *ops.WHERE)}
     result = {"arch": args.arch, **search_of(args.arch), "dataset": args.dataset, "data": where,
               "test_error": round(100 * (1 - top1), 4), "top5_error": round(100 * (1 - top5), 4),
               "test_images": len(test_rows), "params_M": round(params, 3), "layers": args.layers,
               "channels": args.channels, "epochs": args.epochs, "seed": args.seed,
-              "drop_path": drop_path, "train_loss": history[-1]["train_loss"],
+              "drop_path": drop_path, "training": training, "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     print(f"test error {100 * (1 - top1):.2f}% (top 5: {100 * (1 - top5):.2f}%) after the last "

@@ -104,23 +104,23 @@ PUBLISHED = {
         "sep3:0 sep3:1 | sep3:0 dil3:2 | skip:0 dil3:3 | skip:2 dil5:4",
         "avg:0 dil3:1 | avg:0 dil5:2 | skip:0 sep3:3 | sep3:0 dil3:2"),
     "LPT_PC_DARTS_R18_IMAGENET": (
-        "LPT-R18-PC-DARTS-ImageNet; authors' PCDARTS_TS_IMAGENET",
+        "LPT-R18-PC-DARTS, ImageNet; authors' PCDARTS_TS_IMAGENET",
         "sep5:1 dil5:0 | sep3:0 sep3:1 | sep3:1 sep3:3 | sep5:1 sep5:3",
         "sep3:0 sep3:1 | dil5:2 sep5:0 | max:2 dil5:3 | dil5:4 dil5:3"),
     "LPT_PDARTS_CIFAR100_ABLATION_1": (
-        "LPT ablation 1, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_1",
+        "LPT-R18-P-DARTS, ablation 1, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_1",
         "dil3:0 sep3:1 | skip:0 sep3:2 | sep3:0 dil3:1 | sep3:0 sep3:3",
         "skip:0 dil5:1 | avg:0 skip:1 | skip:0 sep5:2 | skip:0 sep3:1"),
     "LPT_PDARTS_CIFAR100_ABLATION_2": (
-        "LPT ablation 2, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_4",
+        "LPT-R18-P-DARTS, ablation 2, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_4",
         "sep3:0 dil3:1 | sep3:0 skip:1 | max:0 sep3:1 | skip:0 sep5:1",
         "avg:0 skip:1 | avg:0 sep5:2 | avg:0 dil3:1 | avg:0 sep3:4"),
     "LPT_DARTS_CIFAR10_ABLATION_1": (
-        "LPT ablation 1, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_1",
+        "LPT-R18-DARTS-2nd, ablation 1, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_1",
         "sep3:0 sep3:1 | skip:0 dil5:1 | skip:0 sep3:1 | skip:0 sep3:1",
         "max:0 dil5:1 | skip:2 max:0 | skip:2 avg:0 | skip:2 skip:3"),
     "LPT_DARTS_CIFAR10_ABLATION_2": (
-        "LPT ablation 2, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_4",
+        "LPT-R18-DARTS-2nd, ablation 2, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_4",
         "sep3:0 sep3:1 | skip:0 dil3:1 | sep3:0 sep3:1 | skip:0 sep3:1",
         "dil3:0 sep3:1 | skip:2 max:1 | skip:2 dil3:3 | skip:2 skip:4"),
 }
@@ -165,7 +165,7 @@ def paper_error(cell: str, dataset: str) -> str:
     """What the papers print for a row's name or for a published cell on the data it was found on;
     "-" where they print nothing."""
     if cell in PUBLISHED:
-        cell, _, found_on = PUBLISHED[cell][0].partition(";")[0].partition(", ")
+        cell, _, found_on = PUBLISHED[cell][0].partition(";")[0].rpartition(", ")
         dataset = dataset if found_on.lower().replace("-", "") == dataset else ""
     return PAPER.get(cell, {}).get(dataset, "-")
 
@@ -259,7 +259,7 @@ COLOURS = {"max_pool_3x3": "#b5651d", "avg_pool_3x3": "#c9971c", "skip_connect":
            "dil_conv_3x3": "#2e8b6f", "dil_conv_5x5": "#1c6350"}
 
 
-def to_svg(cell: Genotype, title: str = "") -> str:
+def to_svg(cell: Genotype, title: str) -> str:
     """The cell as a standalone SVG: states run down the diagonal, each a column (its output) and a
     row (its inputs), and an operation sits where its input's column meets its node's row."""
     dx, dy, pill_w, pill_h, top = 124, 50, 104, 28, 78
@@ -296,7 +296,7 @@ def to_svg(cell: Genotype, title: str = "") -> str:
     return svg(title, "\n".join(parts), width, y0 + 10)
 
 
-def weights_svg(history: list[dict], title: str = "") -> str:
+def weights_svg(history: list[dict], title: str) -> str:
     """The operations' mean weights in both cells over the epochs of a search as a standalone SVG.
 
     history: per epoch {"normal": 8 weights, "reduce": 8 weights}, in the order of PRIMITIVES.

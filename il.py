@@ -5,13 +5,13 @@ arXiv 2012.04863), on DARTS. K learners of K tasks share an architecture and lea
 rounds; each turn's encoder is pulled towards the one before it.
 
     min_A  sum_k L(A, W_k^(M)(A), H_k^(M)(A), D_k^val)                                   Eq. 31, 32
-    s.t.   W_l, H_l = argmin  L(A, W_l, H_l, D^tr) + lambda |W_l - W_(l-1)|^2             Eq. 29, 30
+    s.t.   W*_l, H*_l = argmin  L(A, W_l, H_l, D^tr) + lambda |W_l - W*_(l-1)|^2          Eq. 29, 30
     for the stages l = 1 ... MK: tasks 1 ... K of round 1, then of round 2, ... (Eq. 28)
 
     A  alphas     architecture, shared             D_k^tr   x, y      a stream per stage
     W  w          encoder weights, per stage       D_k^val  x, y      a stream per task
     H             a stage's linear head            W'_l     bars[l]   W one step ahead, W bar
-    lambda        lam, --coupling                  eta      lr        the stages' learning rate
+    lambda        lam, --coupling                  eta      eta       the stages' learning rate
 
     python il.py --tasks cifar100 cifar10 --rounds 2 --coupling 100
     python il.py --tasks cifar100 cifar10 --joint              # the joint baseline JL, Eq. 38
@@ -47,19 +47,19 @@ class Stage:
     opt: torch.optim.SGD
 
 
-def coupling(lr: float, lam: float, step: str, first: bool):
+def coupling(eta: float, lam: float, step: str, first: bool):
     """(pull, gain) of a stage's step W' = W - gain eta grad L + pull (W'_(l-1) - W)."""
     if first or lam == 0:
         return 0.0, 1.0                                                            # IL Eq. 34
     if step == "printed":
-        return 2 * lr * lam, 1.0                                                   # IL Eq. 35
-    return 2 * lr * lam / (1 + 2 * lr * lam), 1 / (1 + 2 * lr * lam)               # departure 1
+        return 2 * eta * lam, 1.0                                                  # IL Eq. 35
+    return 2 * eta * lam / (1 + 2 * eta * lam), 1 / (1 + 2 * eta * lam)            # departure 1
 
 
 @torch.no_grad()
 def coupled(w, stepped, before, pull, gain):
-    """The stage's weights after its step, from those after plain SGD: the encoder is pulled towards
-    the one before, the head is not.                                               # IL Eq. 33-36"""
+    """The stage's weights after its step, from those after the optimizer's own: the encoder is
+    pulled towards the one before, the head is not.                               # IL Eq. 33-36"""
     if not pull:
         return stepped
     encoder = [a + gain * (b - a) + pull * (c - a)
@@ -93,7 +93,7 @@ def outer_gradient(stages, alphas, grads, train, val, lam, step="proximal", orde
     if order == 1:
         return g_alpha, total
 
-    # The sweep back over the stages, u_l = dJ / d(W'_l, H'_l)                     # IL Eq. 37
+    # The sweep back, u_l = dJ / d(W'_l, H'_l): the chain that Eq. 37 asks for; not in the paper
     for l in reversed(range(len(stages))):
         stage, (x, y), (pull, gain) = stages[l], train[l], pulls[l]
 
@@ -139,6 +139,8 @@ def get_args(argv=None):
     args, checkpoint = ops.parse_search(parser, argv, "il", {                      # §4.3.1
         "darts-1st": {"alpha_lr": 3e-5}, "darts-2nd": {"alpha_lr": 3e-5},
         "pdarts": {"batch_size": 64}, "pcdarts": {"alpha_lr": 3e-3}})
+    if "imagenet" in args.tasks:
+        raise ops.BadInput("--tasks: no imagenet; the paper searches on CIFAR (§4.3.1)")
     if args.step == "printed" and not args.joint and 2 * max(args.lr, args.lr_min) * args.lam >= 1:
         raise ops.BadInput(f"--step printed diverges: 2 eta lambda = "
                            f"{2 * max(args.lr, args.lr_min) * args.lam:g} must stay below 1; lower "
@@ -206,9 +208,7 @@ def main(argv=None):
                 learner.net.train()
             run.end_epoch(**accuracies)
 
-    print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
-    for task in args.tasks:
-        ops.print_next(args, task)
+    ops.print_next(args)
 
 
 if __name__ == "__main__":

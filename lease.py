@@ -18,11 +18,11 @@ hang on; an audience learns from the marked images; the explainer's architecture
 
 Departures from the printed equations:
 1. Eq. 7 descends O_Delta, which Eq. 2 maximises; here it ascends.
-2. Delta starts at random, near zero, in every step: at zero the gradient of O_Delta is zero, and
-   crops and flips are new in every step.
+2. Delta starts at random, near zero, in every step, where Algorithm 1 goes on from the step before:
+   at zero the gradient of O_Delta is zero, and crops and flips are new in every step.
 3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, held constant, so
-   that delta' has unit root-mean-square and delta' . x the scale of x. After a step of a learning
-   rate's size delta' is still its random start, to 1e-4.
+   that delta' has unit root-mean-square and delta' . x the scale of x. A step of a learning rate's
+   size moves delta by less than 1e-4 of its length.
 4. The chain below Eq. 11 leaves out how the explanation depends on A directly, through the f of
    O_Delta: nearly all of the audience's gradient. It is kept, from the same two passes.
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.
@@ -106,9 +106,9 @@ def look_ahead(m: Learners, train, delta, weighting="signed", order=2, explainer
     if order == 2:
         e_virtual = virtual_weights(m.explainer_opt, e, grads_e)                    # LeaSE Eq. 6
     explanation, xi = explain(m.explainer, m.alphas, e_virtual, x, delta)           # LeaSE Eq. 7
-    heard = audience_loss(audience, explanation, x, y, weighting)
-    grads_w = grad(heard, w)                                                        # LeaSE Eq. 8
-    return Ahead(e_virtual, explanation, xi, grads_e, grads_w, (loss.detach(), heard.detach()))
+    loss_w = audience_loss(audience, explanation, x, y, weighting)
+    grads_w = grad(loss_w, w)                                                       # LeaSE Eq. 8
+    return Ahead(e_virtual, explanation, xi, grads_e, grads_w, (loss.detach(), loss_w.detach()))
 
 
 def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weighting="signed",
@@ -169,12 +169,13 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
-    add("--audience", choices=("resnet18", "resnet50"), default="resnet18", help="W's (§3.2)")
+    add("--audience", choices=("resnet18", "resnet50"), default="resnet18",
+        help="its network (§3.2)")
     add("--gamma", type=ops.real, default=1.0, help="weight of the audience's validation (§3.2)")
     add("--weighting", choices=("signed", "magnitude"), default="signed",
-        help="the audience sees delta' . x as printed, or |delta'| . x")
+        help="the audience sees delta' . x as printed, or |delta'| . x; not in the paper")
     add("--delta-scale", type=ops.number(float, 1e-12), default=1e-2,
-        help="root-mean-square of the random start of delta (departure 2)")
+        help="root-mean-square of the random start of delta; not in the paper (departure 2)")
     add("--audience-lr", type=ops.real, default=0.025, help="of W, cosine to 0 (§3.2)")
     ops.search_arguments(parser)
     return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}})    # §3.2
@@ -220,16 +221,17 @@ def main(argv=None):
     audience_opt = torch.optim.SGD(w, args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
     shown = torch.as_tensor(train_rows[:8], device=device)               # in explanations.png
-    early = nn.Parameter(torch.zeros(len(shown), *data.size, device=device), False)
+    first_heat = nn.Parameter(torch.zeros(len(shown), *data.size, device=device), False)
 
     for stage in run.stages():                                 # several in P-DARTS: a new explainer
         (explainer,), (explainer_opt,), alphas, alpha_opt = ops.new_stage(
             args, stage, run.state["kept"], [num_classes], device)
         e = list(explainer.parameters())
         m = Learners(explainer, alphas, explainer_opt, audience, audience_opt)
-        run.load({"explainer": explainer, "outer": nn.ParameterList([*alphas, early]),
+        run.load({"explainer": explainer, "outer": nn.ParameterList(alphas),
                   "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
-                  "audience_opt": audience_opt}, alphas)
+                  "audience_opt": audience_opt, "first_heat": nn.ParameterList([first_heat])},
+                 alphas)
         steps = train_stream.epoch_steps()
         for epoch, step in run.steps(steps):
             learns = ops.schedule(args, stage, epoch, step, [explainer], [explainer_opt])
@@ -251,30 +253,30 @@ def main(argv=None):
                         m, train, val, delta, ahead, args.gamma, args.weighting, args.order,
                         args.radius)
                 figures = {"val_loss": val_loss, "audience_share": share}
-            loss, heard = ahead.losses
+            loss, loss_w = ahead.losses
             descend(explainer_opt, e, ahead.grads_e, args.grad_clip, run.at("the explainer"), loss)
-            descend(audience_opt, w, ahead.grads_w, None, run.at("the audience"), heard)
+            descend(audience_opt, w, ahead.grads_w, None, run.at("the audience"), loss_w)
             if learns:
                 descend(alpha_opt, alphas, g_alpha, None, run.at("the architecture"), val_loss)
 
-            if not run.log(train_loss=loss, audience_loss=heard, **figures):
+            if not run.log(train_loss=loss, audience_loss=loss_w, **figures):
                 continue
             ops.evaluating(explainer)
             accuracy = ops.accuracy(lambda x: explainer(x, alphas), data, val_rows, args.batch_size)
             # by the batches' statistics: the running ones are of explanations, not of images
-            heard = ops.accuracy(lambda x: call(audience, w, x), data, val_rows, args.batch_size)
+            accuracy_w = ops.accuracy(lambda x: call(audience, w, x), data, val_rows,
+                                      args.batch_size)
             x = data.batch(shown)
             delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
             heat = explain(explainer, alphas, e, x, delta)[0].abs().mean(1)
             explainer.train()
-            run.end_epoch(val_accuracy=accuracy, audience_val_accuracy=heard)
+            run.end_epoch(val_accuracy=accuracy, audience_val_accuracy=accuracy_w)
             if step < steps:
-                early.copy_(heat)
+                first_heat.copy_(heat)
             run.picture("explanations.png", explanations(
-                data, shown, {1: early, step // steps + 1: heat}), size=128)
+                data, shown, {1: first_heat, step // steps + 1: heat}), size=128)
 
-    print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
-    ops.print_next(args, args.dataset)
+    ops.print_next(args)
 
 
 if __name__ == "__main__":

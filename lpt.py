@@ -19,8 +19,8 @@ learning from; the testee's architecture learns to pass the test.
 
 Departures from the printed equations:
 1. Eq. 23 leaves out the direct dependence of f on C, which Eq. 24 keeps; it is kept in both.
-2. Eq. 22-24 print one difference for E and one for X per loss. A central difference is linear in
-   its direction, so one joint difference along (u_E, u_X) gives the same number.
+2. Eq. 22 prints a difference for E and one for X, Eq. 23 and 24 more of them. A central difference
+   is linear in its direction, so one joint difference along (u_E, u_X) gives their sum.
 3. A and C step on one evaluation of the objective; Algorithm 2 prints them one after the other.
 4. Eq. 13 sums over the bank; here it is the mean over the bank's mini-batch, as of every loss.
 5. W' and (E', X') are one step of the actual optimizer, before clipping: momentum and weight decay
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import call, central_difference, descend, grad, total, virtual_weights
+from darts_ops import call, central_difference, descend, global_sum, grad, virtual_weights
 
 
 class Tester(nn.Module):
@@ -103,21 +103,22 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
         w_virtual = virtual_weights(m.testee_opt, w, grad(loss, w))
 
     # Stage II: the tester learns one step from its data and the created test         # LPT Eq. 18
-    ex_virtual, features, meaning = [], None, 0.0
+    ex_virtual, features, tester_val_loss = [], None, 0.0
     if ablation != 1:
         ex = list(m.tester.parameters())
         loss = tester_loss(lambda x: call(m.tester, ex, x), m.creator, batches, gamma, ablation)
         ex_virtual = virtual_weights(m.tester_opt, ex, grad(loss, ex))
         features = call(m.tester, ex_virtual, x_bank)[1]
-        meaning = F.cross_entropy(call(m.tester, ex_virtual, x_val)[0], y_val)
+        tester_val_loss = F.cross_entropy(call(m.tester, ex_virtual, x_val)[0], y_val)
 
     # Validation stage: one evaluation and one backward pass serve A and C        # LPT Eq. 15, 19
     losses = F.cross_entropy(call(m.testee, w_virtual or [p.detach() for p in w], x_bank, m.alphas),
                              y_bank, reduction="none")                               # LPT Eq. 8
     f = selection(m.creator, features, rows)
-    difficulty = total((f * losses).sum()) / total(f.sum())                       # LPT Eq. 9, 14
+    difficulty = global_sum((f * losses).sum()) / global_sum(f.sum())             # LPT Eq. 9, 14
     parts = (m.alphas, m.creator, w_virtual, ex_virtual)
-    grads = iter(grad(difficulty - lam * meaning, [t for part in parts for t in part]))
+    grads = iter(grad(difficulty - lam * tester_val_loss, [t for part in parts for t in part]))
+    # the direct parts; v = dJ/dW', u = dJ/d(E', X')
     g_alpha, g_creator, v, u = ([next(grads) for _ in part] for part in parts)
 
     # dJ/dA through W': - xi (d2 L(A, W, D_ee^tr) / dA dW) v                      # LPT Eq. 16, 17
@@ -147,7 +148,8 @@ def get_args(argv=None):
     add, real = parser.add_argument, ops.real
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
-    add("--encoder", choices=("resnet18", "resnet50"), default="resnet18", help="E (§3.2.2)")
+    add("--encoder", choices=("resnet18", "resnet50"), default="resnet18",
+        help="the tester's encoder E (§3.2.2)")
     add("--lambda", dest="lam", type=real, default=1.0, help="weight of meaningfulness (§3.2.2)")
     add("--gamma", type=real, default=1.0, help="weight of the created test in stage II (§3.2.2)")
     add("--ablation", type=int, choices=(0, 1, 2), default=0,
@@ -230,7 +232,7 @@ def main(argv=None):
                         m, batches, args.order, args.lam, args.gamma, args.ablation, args.radius)
                 descend(alpha_opt, alphas, g_alpha, None, run.at("the architecture"), difficulty)
                 descend(creator_opt, creator, [-g for g in g_creator], None, run.at("the creator"))
-                figures = {"test_loss": difficulty, "selection": f}
+                figures = {"difficulty": difficulty, "selection": f}
 
             # 3. The tester's E and X                                                 # LPT Eq. 18
             if args.ablation != 1:
@@ -256,8 +258,7 @@ def main(argv=None):
             run.end_epoch(val_accuracy=accuracy, **tested)
             run.picture("tests.png", tests(data, val_rows, f))
 
-    print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
-    ops.print_next(args, args.dataset)
+    ops.print_next(args)
 
 
 if __name__ == "__main__":

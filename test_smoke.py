@@ -20,6 +20,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -459,11 +460,13 @@ MUTATIONS = {
                           "f = selection([c.detach() for c in m.creator], features, rows) "
                           "+ 0 * sum(c.sum() for c in m.creator)"),
     "no df/dC in the numerator only": (
-        "total((f * losses).sum())",
+        "global_sum((f * losses).sum())",
         "(selection([c.detach() for c in m.creator], features, rows) * losses).sum()"),
-    "no 1/sum f": ("total((f * losses).sum()) / total(f.sum())", "(f * losses).mean()"),
+    "no 1/sum f": ("global_sum((f * losses).sum()) / global_sum(f.sum())",
+                      "(f * losses).mean()"),
     "no momentum": ("torch._foreach_add_(step, buffers, alpha=group[\"momentum\"])", "pass"),
-    "lambda's sign": ("difficulty - lam * meaning", "difficulty + lam * meaning"),
+    "lambda's sign": ("difficulty - lam * tester_val_loss",
+                      "difficulty + lam * tester_val_loss"),
     "f not differentiated by E": ("return (selection(creator, features, None) * losses).mean()",
                                   "return (selection(creator, features.detach(), None) * losses)"
                                   ".mean()"),
@@ -665,8 +668,8 @@ def test_il_gradient_on_the_supernet(step, lam):
 IL_MUTATIONS = {
     "2 eta lambda left out of the sweep": ("u[l][:-HEAD], alpha=pull)", "u[l][:-HEAD])"),
     "1/(1 + 2 eta lambda) left out of the sweep": ("[gain * t for t in u[l]", "[t for t in u[l]"),
-    "1/(1 + 2 eta lambda) left out of the step": ("/ (1 + 2 * lr * lam), 1 / (1 + 2 * lr * lam)",
-                                                  "/ (1 + 2 * lr * lam), 1.0"),
+    "1/(1 + 2 eta lambda) left out of the step": ("/ (1 + 2 * eta * lam), 1 / (1 + 2 * eta * lam)",
+                                                  "/ (1 + 2 * eta * lam), 1.0"),
     "first stage first": ("for l in reversed(range(len(stages))):", "for l in range(len(stages)):"),
     "head coupled": ("[gain * t for t in u[l][:-HEAD]] + u[l][-HEAD:]", "[gain * t for t in u[l]]"),
     "sign": ("[g - eta * p", "[g + eta * p"),
@@ -901,7 +904,7 @@ def test_passes_of_a_step():
     m, batches = smooth_problem()
     testee, tester = counted(m.testee), counted(m.tester)
     lpt.outer_gradients(m, batches)
-    assert (testee, tester) == ([4], [6])                          # of the tester's 4, 2 on two
+    assert (testee, tester) == ([4], [6])                          # the tester: 3 x 2 batches
     stages, alphas, train, val = il_problem(3, 2)
     seen = counted(*(stage.net for stage in stages))
     il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train, val, 1.0)
@@ -1061,7 +1064,8 @@ def test_summary_of_results(tmp_path, capsys):
         (tmp_path / name).mkdir()
         result = {"cell": "LPT-R18-DARTS-2nd", "dataset": "cifar100", "data": "cifar100",
                   "test_error": 20.0, "params_M": 2.0, "layers": 20, "channels": 36, "epochs": 600,
-                  "search": {"lam": 1.0, "gamma": 1.0}, "search_seconds": 86400.0} | changes
+                  "search": {"lam": 1.0, "gamma": 1.0}, "search_seconds": 86400.0,
+                  "training": {"lr": 0.025}} | changes
         (tmp_path / name / "result.json").write_text(json.dumps(result))
 
     write("a"), write("b", test_error=21.0, params_M=3.0), write("c", test_error=22.0)
@@ -1076,10 +1080,13 @@ def test_summary_of_results(tmp_path, capsys):
     assert run_script(evaluate, "--summary", tmp_path) == 0
     page = capsys.readouterr().out
     assert f"| LPT-R18-DARTS-2nd, lam 1.0 | {line}" in page and "2nd, lam 0.5 | cifar100" in page
+    write("i", cell="LPT_PDARTS", training={"lr": 0.1})            # other settings, same network
+    assert run_script(evaluate, "--summary", tmp_path) == 0
+    assert "| LPT_PDARTS, evaluate lr 0.1 | cifar100" in capsys.readouterr().out
     (tmp_path / "g").mkdir()
     assert run_script(evaluate, "--summary", tmp_path / "a", tmp_path / "g") == 2
     for text in ("", "[]", "{}", '{"layers": 1, "channels": 1, "epochs": 1, "data": [],'
-                 '"cell": 1, "search": 1}'):
+                 '"cell": 1, "search": 1, "training": {}}'):
         (tmp_path / "g" / "result.json").write_text(text)
         capsys.readouterr()
         assert run_script(evaluate, "--summary", tmp_path) == 2
@@ -1091,6 +1098,18 @@ def test_summary_of_results(tmp_path, capsys):
             genotypes.row("lpt", {"base": "pdarts", "encoder": "resnet18", "ablation": 2})]
     assert [genotypes.paper_error(name, "cifar100") for name in rows] == [
         "16.38±0.07", "19.26", "17.83±0.14", "20.58±0.44", "17.54±0.07"]
+    for name in genotypes.PUBLISHED:                               # the authors' cells have rows
+        data = "imagenet" if "IMAGENET" in name else "cifar10" if "CIFAR10_" in f"{name}_" else (
+            "cifar100")
+        assert ("±" in genotypes.paper_error(name, data) or genotypes.paper_error(name, data)
+                == "23.4") == name.startswith("LPT_"), name
+
+
+def test_the_readme_prints_the_papers_errors():
+    lines = (HERE / "README.md").read_text().splitlines()
+    for name, errors in genotypes.PAPER.items():
+        row, = (line.split(" | ") for line in lines if line.startswith(f"| {name} | "))
+        assert [cell.split(" (")[0] for cell in row[1:1 + len(errors)]] == list(errors.values())
 
 
 def test_network_sizes_and_auxiliary_head():
@@ -1103,7 +1122,7 @@ def test_network_sizes_and_auxiliary_head():
         assert evaluate.count_params(network) == evaluate.count_params(without)
         network.eval()
         assert network(torch.randn(1, 3, size, size))[1] is None
-    pools = {size: evaluate.AuxiliaryHead(4, 2, size).features[0] for size in (7, 8, 12)}
+    pools = {size: evaluate.auxiliary_head(4, 2, size)[0] for size in (7, 8, 12)}
     assert (pools[8].stride, pools[7].stride) == (3, 2)            # the published windows
     assert isinstance(pools[12], nn.AdaptiveAvgPool2d)
     wide = evaluate.Network(cell, 8, 7, 3, imagenet=True, image_size=64)
@@ -1431,8 +1450,8 @@ def test_every_base_in_every_method(method, base, tmp_path, capsys):
         assert [len(state["run"]["kept"][0][e]) for e in range(14)] == [3] * 14
         out = capsys.readouterr().out
         assert all(f"{n} candidates" in out for n in (8, 5, 3)) and len(lines) == 6
-    assert ("test_loss" in lines[0] or "val_loss" in lines[0]) == (not warm_up)
-    assert "test_loss" in lines[-1] or "val_loss" in lines[-1]
+    assert ("difficulty" in lines[0] or "val_loss" in lines[0]) == (not warm_up)
+    assert "difficulty" in lines[-1] or "val_loss" in lines[-1]
     alphas = [t for name, t in state["parts"]["outer"].items() if t.shape in ((14,), (14, 8))]
     assert len(alphas) == (4 if base == "pcdarts" else 2)
     if base == "pcdarts":                                          # beta learns, and is decoded
@@ -1553,17 +1572,7 @@ def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch
     epochs = 3 if module is evaluate else 2                        # drop-path begins in the second
     argv = [*extra, "--epochs", epochs]
     assert run_script(module, *argv, "--out", whole) == 0
-    write = ops.write_checkpoint
-
-    def interrupt(folder, content):
-        write(folder, content)
-        if len(content["run"]["history"]) == epochs - 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ops, "write_checkpoint", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_script(module, *argv, "--out", cut)
-    monkeypatch.setattr(ops, "write_checkpoint", write)
+    interrupted(module, argv, cut, monkeypatch, [epochs])         # in the last epoch
     assert run_script(module, "--device", "cpu", "--out", cut, "--resume") == 0
     a, b = finals(whole), finals(cut)
     assert same(a, b) and len(a) > 20
@@ -1743,7 +1752,7 @@ def test_damaged_checkpoints(tmp_path, capsys):
 def numbers(text):
     """The numbers that "6, 8-9" means."""
     found = []
-    for part in re.split(r", ", text.replace("\N{EN DASH}", "-").strip(" ,-")):
+    for part in text.replace("\N{EN DASH}", "-").strip(" ,-").split(", "):
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)
     return found
@@ -1768,6 +1777,57 @@ def test_the_index_of_equations_is_true():
             cited = re.findall(prefix + r"Eq\. ([0-9][0-9, -]*)", text)
             assert set(numbers(which)) <= {n for part in cited for n in numbers(part)}, line
         assert sorted(seen) == list(range(1, last + 1))
+
+
+def readme_commands():
+    """Per code block of the README, its commands; variables are put in, torchrun is left out."""
+    for block in re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL):
+        lines, values = [], {}
+        for line in block.splitlines():
+            words = [word for text in shlex.split(line, comments=True)
+                     for word in values.get(text, [text])]
+            name, equals, value = words[0].partition("=")
+            if equals:
+                values["$" + name] = value.split()
+            lines.append(words[3:] if words[0] == "torchrun" else words[1:])
+        yield [line for line in lines if line and line[0][-3:] == ".py"]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_the_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+    """All of them run as printed, on small images and with small defaults."""
+    for kind, n in (("CIFAR10", 8), ("CIFAR100", 40)):
+        write_cifar(tmp_path / "data", monkeypatch, kind, n)
+    for name in ("DIR", "DIR10", "DIR100"):
+        write_folder(tmp_path / name, sizes=(16,), n=52)
+    parse, split, count = ops.parse, ops.split_rows, 0
+
+    def small(parser, argv, method, recipe):
+        def tiny(chosen):
+            found = recipe(chosen)
+            layers = [3] * len(found["layers"]) if method != "evaluate" else 3
+            images = {"image_size": 32} if chosen.dataset == "imagenet" else {}
+            return found | images | dict(
+                layers=layers, channels=8 if found.get("partial", 1) > 1 else 2, epochs=1,
+                warm_up=0, batch_size=2 if chosen.dataset == "imagenet" else 15, workers=0)
+        return parse(parser, argv, method, tiny)
+
+    monkeypatch.setattr(ops, "parse", small)
+    monkeypatch.setattr(ops, "split_rows", lambda labels, seed, hold_out=0, subsets=None: split(
+        labels, seed, hold_out // 500, subsets))
+    for i, block in enumerate(readme_commands()):
+        (tmp_path / str(i)).mkdir()
+        monkeypatch.chdir(tmp_path / str(i))
+        for name in ("data", "DIR", "DIR10", "DIR100"):
+            Path(name).symlink_to(tmp_path / name)
+        for script, *argv in block:
+            module = importlib.import_module(script[:-3])
+            if module is genotypes:
+                module.main(argv)
+            elif module is not sys.modules[__name__]:
+                assert run_script(module, *argv) == 0, (script, argv, capsys.readouterr().err)
+            count += 1
+    assert count > 20
 
 
 def test_scripts_stand_alone():
@@ -2772,7 +2832,7 @@ def lease_terms(gradient, m, train, val, delta, ahead, gamma, weighting, order, 
     return (m, train, val, delta), exact, ours
 
 
-def study_terms(folders, radii=(1e-8, 1e-3, 1e-2, 1e-1)):
+def study_terms(folders, radii=(1e-8, 1e-3, 1e-2)):
     """What the second-order terms are during a search, and how far the differences are from the
     exact derivative in float64: medians over three steps at the start, middle and end."""
     print("| | exact share | error at " + " | ".join(f"{r:g}" for r in radii)
@@ -2829,7 +2889,7 @@ def test_auc_by_hand():
 LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5", "1", "2", "5"))]
 
 
-def study_labels(folders, seeds, settings=LABELS, epochs=3):
+def study_labels(folders, seeds, settings=LABELS, epochs=2):
     """Whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them less,
     0.5: no telling, 0: all more) after every epoch of a search."""
     dataset = f"folder:{folders[0]}" if folders else "synthetic:10"
