@@ -1105,6 +1105,11 @@ def test_summary_of_results(tmp_path, capsys):
                 == "23.4") == name.startswith("LPT_"), name
 
 
+def test_the_files_of_the_readme_are_there():
+    page = (HERE / "README.md").read_text()
+    assert all((HERE / to).exists() for to in re.findall(r"\]\(([^):]+)\)", page))
+
+
 def test_the_readme_prints_the_papers_errors():
     lines = (HERE / "README.md").read_text().splitlines()
     for name, errors in genotypes.PAPER.items():
