@@ -1451,9 +1451,10 @@ def test_every_base_in_every_method(method, base, tmp_path, capsys):
                       "--out", run) == 0
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     state = torch.load(run / "checkpoint.pt", weights_only=True)
+    out = capsys.readouterr().out
+    assert ("--drop-path 0.3" in out.splitlines()[-1]) == (base in ("pdarts", "pcdarts"))
     if base == "pdarts":
         assert [len(state["run"]["kept"][0][e]) for e in range(14)] == [3] * 14
-        out = capsys.readouterr().out
         assert all(f"{n} candidates" in out for n in (8, 5, 3)) and len(lines) == 6
     assert ("difficulty" in lines[0] or "val_loss" in lines[0]) == (not warm_up)
     assert "difficulty" in lines[-1] or "val_loss" in lines[-1]
@@ -1596,7 +1597,8 @@ BAD = [
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "full"]),
-    (il, ["--tasks"]), (il, ["--tasks", "cifar100", "nothing"]), (il, ["--rounds", 0]),
+    (il, ["--tasks"]), (il, ["--tasks", "imagenet"]), (il, ["--tasks", "cifar100", "nothing"]),
+    (il, ["--rounds", 0]),
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed"]),
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed", "--lr", 0.004, "--lr-min", 0.006]),
     (il, ["--tasks", "folder:corrupt/train", "synthetic:3"]),
