@@ -473,7 +473,7 @@ def new_stage(args, stage: int, kept, classes: list[int], device):
 def schedule(args, stage: int, epoch: int, step: int, nets, opts) -> bool:
     """Set what a base changes from epoch to epoch of a stage: the learning rate, DARTS-'s auxiliary
     skip, P-DARTS' skip dropout. Returns whether A learns in this epoch."""
-    learns, last = epoch >= args.warm_up, max(1, args.epochs - 1)
+    learns, last = epoch >= args.warm_up, args.epochs - 1
     rate = args.skip_dropout[stage] * (math.exp(-0.2 * (epoch - args.warm_up)) if learns else
                                        (args.epochs - epoch - 1) / args.epochs)
     for net, opt in zip(nets, opts):

@@ -1257,11 +1257,15 @@ def test_augmentation_is_a_crop_flip_and_cutout_of_each_image():
         assert hole.sum() == (ys[-1] - ys[0] + 1) * (xs[-1] - xs[0] + 1) > 0
 
 
+def synthetic_truth(classes, size, n=2000):
+    """The right labels of synthetic's training images: its first draw."""
+    return torch.from_numpy(np.random.default_rng([classes, size, False]).integers(classes, size=n))
+
+
 def test_synthetic_images_have_a_few_wrong_labels_and_fixed_content():
     a, b = ops.synthetic(10, 16, "cpu"), ops.synthetic(10, 16, "cpu")
     assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
-    true = np.random.default_rng([10, 16, False]).integers(10, size=2000)
-    assert 0.02 < (a.labels.numpy() != true).mean() < 0.06
+    assert 0.02 < (a.labels != synthetic_truth(10, 16)).double().mean() < 0.06
     assert len(ops.synthetic(3, 16, "cpu").labels.unique()) == 3
 
 
@@ -1479,7 +1483,7 @@ def test_pdarts_grows_to_17_cells(tmp_path, capsys):
 def test_epochs_without_architecture_leave_both_players_alone(tmp_path, monkeypatch):
     states, write_checkpoint = [], ops.write_checkpoint
     monkeypatch.setattr(ops, "write_checkpoint", lambda folder, content: (
-        states.append(pickle.loads(pickle.dumps(content["parts"]))),
+        states.append(copy.deepcopy(content["parts"])),
         write_checkpoint(folder, content)))
     assert search("lpt", "--warm-up", 1, "--epochs", 2, "--out", tmp_path / "run") == 0
     _, first, second = states                                      # the first is of the beginning
@@ -2794,6 +2798,15 @@ REDUCED = ["--image-size", "16", "--layers", "3", "--channels", "4", "--batch-si
            "--alpha-lr", "6e-3", "--device", "cpu"]
 
 
+def reduced_search(module, argv, *patches):
+    """A script's search at REDUCED, with attributes replaced and its words kept out of a table."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        for owner, name, value in patches:
+            patch.setattr(owner, name, value)
+        patch.setattr("builtins.print", lambda *args, **kw: None)
+        module.main([*argv, *REDUCED, "--out", folder])
+
+
 def widen(part):
     """float64 in place: learners, their optimizers' buffers, tensors, and what holds them."""
     if isinstance(part, nn.Module):
@@ -2874,10 +2887,7 @@ def study_terms(folders, radii=(1e-8, 1e-3, 1e-2)):
                     found.setdefault((when, "AC"[i]), []).append(line)
             return real(*args)
 
-        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-            patch.setattr(module, function, watched)
-            patch.setattr("builtins.print", lambda *args, **kw: None)
-            module.main([*argv, *REDUCED, "--epochs", "1", "--out", folder])
+        reduced_search(module, [*argv, "--epochs", "1"], (module, function, watched))
         for (when, player), lines in sorted(found.items(), key=lambda item: item[0][1]):
             middle = [f"{statistics.median(column):.2g}" for column in zip(*lines)]
             print(f"| {name}, {player}, {when} | " + " | ".join(middle) + " |", flush=True)
@@ -2913,8 +2923,7 @@ def study_labels(folders, seeds, settings=LABELS, epochs=2):
             data.labels[rows] += torch.from_numpy(rng.integers(1, classes, n // 10))
             data.labels %= classes
         else:
-            true = torch.from_numpy(np.random.default_rng([classes, 16, False]).integers(
-                classes, size=n))
+            true = synthetic_truth(classes, 16)
         wrong["rows"] = data.labels != true
         return data
 
@@ -2929,17 +2938,13 @@ def study_labels(folders, seeds, settings=LABELS, epochs=2):
     for setting in settings:
         found.clear()
         for seed in range(1, seeds + 1):
-            with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-                patch.setattr(ops, "load_images", planted)
-                patch.setattr(lpt, "tests", watched)
-                patch.setattr("builtins.print", lambda *args, **kw: None)
-                lpt.main(["--dataset", dataset, *REDUCED, *shares, "--epochs",
-                          str(epochs), "--seed", str(seed), "--out", folder, *setting])
+            reduced_search(lpt, ["--dataset", dataset, *shares, *setting, "--epochs", str(epochs),
+                                 "--seed", str(seed)],
+                           (ops, "load_images", planted), (lpt, "tests", watched))
         by_epoch = [found[i::epochs] for i in range(epochs)]
         cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if seeds > 1
                                                 else "") for v in by_epoch]
         print(f"| {' '.join(setting)} | " + " | ".join(cells) + " |", flush=True)
-
 
 
 if __name__ == "__main__":
