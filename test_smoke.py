@@ -1618,6 +1618,12 @@ BAD = [
 ]
 
 
+def test_il_has_no_imagenet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ops.BadInput, match="no imagenet"):
+        il.get_args(["--tasks", "cifar10", "imagenet"])
+
+
 @pytest.mark.parametrize("module,argv", BAD, ids=lambda v: " ".join(map(str, v))[-40:]
                          if isinstance(v, list) else v.__name__)
 def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monkeypatch, capsys):
