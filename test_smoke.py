@@ -1460,6 +1460,7 @@ def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys)
     assert {op for op, _ in cell.normal + cell.reduce} <= set(genotypes.PRIMITIVES[1:])
 
 
+@slow
 def test_pdarts_grows_to_17_cells(tmp_path, capsys):
     assert search("il", "--base", "pdarts", "--layers", 5, 11, 17, "--epochs", 1, "--warm-up", 0,
                   "--joint", "--out", tmp_path / "run") == 0
@@ -1673,6 +1674,7 @@ def test_broken_images_and_folders(module, what, tmp_path, monkeypatch, capsys):
     assert module is lease or not (tmp_path / "runs").exists()    # which reads as it goes
 
 
+@slow
 def test_one_broken_image_of_thousands_is_named(tmp_path, capsys):
     train = write_folder(tmp_path, n=2) / "train"
     body = (train / "cat" / "0.png").read_bytes()
@@ -1906,22 +1908,22 @@ def growth(job, folder, measure, steps, epoch_steps, replace=setattr):
     return found
 
 
-def test_steps_leave_no_tensors_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("job", slow_but({0}, list(RUNS)))
+def test_steps_leave_no_tensors_behind(job, tmp_path, monkeypatch):
     def alive():
         gc.collect()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                        # of what torch has deprecated
             return sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
 
-    for job in RUNS:
-        first, last = growth(job, tmp_path, alive, (2, 4), 4, monkeypatch.setattr)
-        assert first == last > 0, job
+    first, last = growth(job, tmp_path, alive, (2, 4), 4, monkeypatch.setattr)
+    assert first == last > 0
 
 
 @pytest.mark.parametrize("count,jobs", slow_but({0}, [
-    (3, ("lpt", "evaluate")), (15, ("lpt", "il")), (15, ("lease", "evaluate"))]), ids=str)
+    (4, ("lpt",)), (15, ("lpt", "il")), (15, ("lease", "evaluate"))]), ids=str)
 def test_killed_runs_end_as_undisturbed_ones(count, jobs):
-    assert sum(found["kills"] for found in killed(count, *jobs)) == 2 * count
+    assert [found["kills"] for found in killed(count, *jobs)] == [count] * len(jobs)
 
 
 def interrupted(module, argv, folder, monkeypatch, saves):
@@ -2181,33 +2183,36 @@ def settle(net, *inputs):
     net.eval()
 
 
-def shared_gradients():
-    """A's (and C's) gradients of the three methods on supernets in evaluation mode; each process
-    has its part of the batches."""
-    m, batches = supernet_problem()
-    settle(m.testee, batches[0][0], m.alphas)
-    settle(m.tester, batches[0][0])
-    m.tester_opt.param_groups[0]["lr"] = 1e-4                      # small enough in this mode
-    found = [*lpt.outer_gradients(m, [own_part(b) for b in batches])]
-    stages, alphas, train, val = il_problem(2, 2, supernet=True)
-    for stage, (x, _) in zip(stages, train):
-        settle(stage.net, x, alphas)
-    train, val = ([own_part(b) for b in part] for part in (train, val))
-    found += il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train, val,
-                               1.0)
-    m, train, val, delta = lease_problem(supernet=True)
-    settle(m.explainer, train[0], m.alphas)
-    settle(m.audience, train[0])
-    train, val, delta = own_part(train), own_part(val), own_part([delta])[0]
-    found += lease.outer_gradient(m, train, val, delta, lease.look_ahead(m, train, delta))
-    return [t for part in found for t in (part if isinstance(part, list) else [part])]
+def shared_gradients(method):
+    """Return A's (and C's) gradients on supernets in evaluation mode; each process has its part of
+    the batches."""
+    if method == "lpt":
+        m, batches = supernet_problem()
+        settle(m.testee, batches[0][0], m.alphas)
+        settle(m.tester, batches[0][0])
+        m.tester_opt.param_groups[0]["lr"] = 1e-4                  # small enough in this mode
+        found = lpt.outer_gradients(m, [own_part(b) for b in batches])
+    elif method == "il":
+        stages, alphas, train, val = il_problem(2, 2, supernet=True)
+        for stage, (x, _) in zip(stages, train):
+            settle(stage.net, x, alphas)
+        train, val = ([own_part(b) for b in part] for part in (train, val))
+        found = il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train,
+                                  val, 1.0)
+    else:
+        m, train, val, delta = lease_problem(supernet=True)
+        settle(m.explainer, train[0], m.alphas)
+        settle(m.audience, train[0])
+        train, val, delta = own_part(train), own_part(val), own_part([delta])[0]
+        found = lease.outer_gradient(m, train, val, delta, lease.look_ahead(m, train, delta))
+    return [t.detach() for part in found for t in (part if isinstance(part, list) else [part])]
 
 
 def worker(job, folder, argv):
     """One of several processes, started by `processes`."""
     if job == "gradients":
         ops.pick_device(argparse.Namespace(device="cpu", tf32=False, deterministic=False))
-        torch.save([t.detach() for t in shared_gradients()], folder / f"{ops.rank()}.pt")
+        torch.save(shared_gradients(*argv), folder / f"{ops.rank()}.pt")
         return
     make_small()
     held, load = [], ops.Run.load
@@ -2242,10 +2247,11 @@ def finish(started, seconds=120):
             p.kill()
 
 
-def test_two_processes_have_one_process_gradients(tmp_path_factory):
+@pytest.mark.parametrize("method", slow_but({0}, METHODS))
+def test_two_processes_have_one_process_gradients(method, tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("gradients")                # with the real ResNet
-    started = processes("gradients", tmp_path)
-    whole = shared_gradients()
+    started = processes("gradients", tmp_path, method)
+    whole = shared_gradients(method)
     results = finish(started)
     assert [r[0] for r in results] == [0, 0], results
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
