@@ -1881,7 +1881,7 @@ def killed(count, *jobs):
     started = [subprocess.Popen([sys.executable, __file__, "kills", job, str(count)], text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE) for job in jobs]
-    for job, (code, out, error) in zip(jobs, finish(started, 20 * count)):
+    for job, (code, out, error) in zip(jobs, finish(started, 60 + 20 * count)):
         assert code == 0, error
         found = json.loads(out)
         assert found["job"] == job and found["kills"] == count and found["slowest stop"] < 10

@@ -54,7 +54,7 @@ from test_smoke import cosine, difference, relative_error
 
 
 def peer(folder, *names):
-    """Modules of somebody else's folder, imported beside ours of the same names."""
+    """Import modules of somebody else's folder beside ours of the same names."""
     stems = [path.stem for path in folder.glob("*.py")]
     ours = {name: sys.modules.pop(name) for name in stems if name in sys.modules}
     sys.path.insert(0, str(folder))
@@ -68,7 +68,7 @@ def peer(folder, *names):
 
 
 def peer_modules(whose, peers, device, *names):
-    """A peer's modules; without a GPU their calls of .cuda() return what they are called on."""
+    """Import a peer's modules; without a GPU .cuda() then returns what it is called on."""
     if device.type == "cpu":
         nn.Module.cuda = torch.Tensor.cuda = lambda self, *args, **kwargs: self
     warnings.simplefilter("ignore")                                # they are of 2018 and 2021
@@ -86,7 +86,7 @@ def sgd(module):
 
 
 def lpt_step(m, alpha_opt, creator_opt, batches):
-    """The body of lpt.py's loop on the same batches again."""
+    """Repeat the body of lpt.py's loop on the same batches."""
     ga, gc = lpt.outer_gradients(m, batches)[:2]
     ops.descend(alpha_opt, m.alphas, ga), ops.descend(creator_opt, m.creator, [-g for g in gc])
     for opt, loss, clip in (
@@ -104,7 +104,7 @@ def il_step(stages, alphas, alpha_opt, train, val):
 
 
 def authors_step(modules, device, x, y):
-    """One step of the LPT authors' search, by their own classes."""
+    """Return one step of the LPT authors' search, by their own classes."""
     model_search, architect_ts, teacher, updater = modules
     args, criterion = types.SimpleNamespace(**RATES), nn.CrossEntropyLoss()
     model = model_search.Network(16, 100, 8, criterion).to(device)
@@ -135,7 +135,7 @@ def weight_step(model, opt, loss):
 
 
 def workload(kind, device, peers=None):
-    """One step to time, for kind "what: whose"."""
+    """Return one step to time, for kind "what: whose"."""
     torch.manual_seed(0)
     what, _, whose = kind.partition(": ")
     x, y = torch.randn(16, 3, 32, 32, device=device), torch.randint(100, (16,), device=device)
@@ -202,13 +202,13 @@ def workload(kind, device, peers=None):
 
 
 def resident():
-    """This process's largest resident memory so far, in MiB (Linux)."""
+    """Return this process's largest resident memory so far, in MiB (Linux)."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory(kind, device, peers):
-    """The MiB that the steps of a workload add to what the process had, in a process of its own."""
+    """Return memory_here of a workload, in a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--memory-of", kind, "--device", str(device),
                            *(["--peers", str(peers)] if peers else [])],
                           capture_output=True, text=True, check=True)
@@ -224,7 +224,7 @@ def memory_here(kind, device, peers):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operator calls that are not views, the bytes that they read and write, and the
+    """Count the operator calls that are not views, the bytes that they read and write, and the
     multiplications and additions of convolutions and matrix products."""
     count = bytes = flops = 0
 
@@ -253,7 +253,7 @@ def timed(step, device):
 
 
 def interleaved(kinds, count, device, peers):
-    """Per workload: the median of `count` steps timed in turn, and the first step's time."""
+    """Return per workload the median of `count` steps timed in turn, and the first step's time."""
     steps = {kind: workload(kind, device, peers) for kind in kinds}
     seconds = {kind: [] for kind in kinds}
     for _ in range(count + 1):
@@ -263,7 +263,7 @@ def interleaved(kinds, count, device, peers):
 
 
 def bench_floor(device):
-    """How long a pass would take if its multiplications ran at the rate of a large matrix product,
+    """Print how long a pass takes if its multiplications run at the rate of a large matrix product,
     or its operators read and wrote at the rate of a large copy."""
     a, large = torch.randn(2048, 2048, device=device), torch.randn(2, 2 ** 26, device=device)
     rates = {}
@@ -283,7 +283,7 @@ def bench_floor(device):
 
 
 def bench_speed(device, peers, count=5):
-    """Time, memory and calls of a step as Markdown tables."""
+    """Print the time, memory and calls of a step as Markdown tables."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n")
     others = {"supernet": ["quark0"], "DARTS": ["quark0"], "LPT": ["authors"],
               "evaluation": ["quark0"]} if peers else {}
@@ -311,7 +311,7 @@ def bench_speed(device, peers, count=5):
 
 
 def bench_precision(data_dir, device):
-    """How far the outer gradient's direction is from float64's at the same radius, as a table."""
+    """Print how far the outer gradient's direction is from float64's at the same radius."""
     data = ops.load_images("folder" if data_dir else "synthetic", data_dir, device)
     n, settings = len(data.classes), {"float32": (False, False), "--amp bf16": (True, False),
                                       "--amp bf16-all": (True, True)}
@@ -381,7 +381,7 @@ REDUCED = ["--image-size", "16", "--layers", "3", "--channels", "4", "--batch-si
 
 
 def reduced_search(module, argv, *patches):
-    """A script's search at REDUCED, with attributes replaced and its words kept out of a table."""
+    """Run a script's search at REDUCED, attributes replaced, its words kept out of a table."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         for owner, name, value in patches:
             patch.setattr(owner, name, value)
@@ -390,7 +390,7 @@ def reduced_search(module, argv, *patches):
 
 
 def widen(part):
-    """float64 in place: learners, their optimizers' buffers, tensors, and what holds them."""
+    """Make float64 in place: learners, their optimizers' buffers, tensors, and what holds them."""
     if isinstance(part, nn.Module):
         widen([*part.parameters(), *part.buffers()])
     elif isinstance(part, torch.optim.Optimizer):
@@ -435,7 +435,7 @@ def lease_terms(gradient, m, train, val, delta, ahead, gamma, weighting, order, 
 
 
 def study_terms(folders, radii=(1e-8, 1e-3, 1e-2)):
-    """What the second-order terms are during a search, and how far the differences are from the
+    """Print what the second-order terms are in a search, and how far the differences are from the
     exact derivative in float64: medians over three steps at the start, middle and end."""
     print("| | exact share | error at " + " | ".join(f"{r:g}" for r in radii)
           + " | as searched: share | error | cosine |\n|" + "---|" * (5 + len(radii)), flush=True)
@@ -479,7 +479,7 @@ LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5"
 
 
 def study_labels(folders, seeds, settings=LABELS, epochs=2):
-    """Whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them less,
+    """Print whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them less,
     0.5: no telling, 0: all more) after every epoch of a search."""
     dataset = f"folder:{folders[0]}" if folders else "synthetic:10"
     shares = ["--subsets", "0.2", "0.2"] if folders else []
@@ -530,7 +530,7 @@ def soak(count):
     tests.make_small()
     with tempfile.TemporaryDirectory() as folder:
         assert tests.run_script(evaluate, *tests.TINY, "--arch", "random:1", "--epochs", 1, "--out",
-                          f"{folder}/run") == 0
+                                f"{folder}/run") == 0
         (Path(folder) / "run" / "checkpoint.previous.pt").unlink()
         seen = tests.damages_seen(Path(folder) / "run" / "checkpoint.pt", 1000)
         print(seen, "damages seen of 2000")
