@@ -479,8 +479,8 @@ LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5"
 
 
 def study_labels(folders, seeds, settings=LABELS, epochs=2):
-    """Print whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them less,
-    0.5: no telling, 0: all more) after every epoch of a search."""
+    """Print whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them
+    less, 0.5: no telling, 0: all more) after every epoch of a search."""
     dataset = f"folder:{folders[0]}" if folders else "synthetic:10"
     shares = ["--subsets", "0.2", "0.2"] if folders else []
     load, picture, found, wrong = ops.load_images, lpt.tests, [], {}
