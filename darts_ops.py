@@ -1,7 +1,7 @@
 """What the scripts share: the DARTS search space, its bases, gradients, images, the run.
 
-Sections: operations and supernet; architecture; bases; gradients; images and streams; command line;
-the run and its folder.
+Sections: exceptions and processes; operations; supernet; architecture; bases; gradients; images;
+command line; run. Each opens with what lives there and what a change to it may touch.
 Sources: DARTS (Liu et al. 2019, arXiv 1806.09055) for the search space and the one-step gradient;
 the bases' papers beside BASES; the methods' equations are in lpt.py, il.py and lease.py.
 """
@@ -16,16 +16,16 @@ import json
 import math
 import os
 import pickle
-import resource
 import shlex
 import signal
 import sys
 import time
+import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,86 @@ from torchvision.transforms import v2
 
 from genotypes import PRIMITIVES, BadInput, Genotype, to_json, to_svg, weights_svg
 
-# ------------------------------------------------------------------------ operations and supernet
+try:
+    import resource
+except ImportError:                                               # Windows
+    resource = None
+
+# ---------------------------------------------------------------------- exceptions and processes
+# How a run ends early, and what several processes share. They stay one search only if whatever
+# they must agree on goes through reduce.
+
+
+class NotFinite(Exception):
+    """A loss, gradient or weight is NaN or infinite."""
+
+
+class Gone(Exception):
+    """Another process of the run has ended."""
+
+
+def rank() -> int:
+    """Return this process's number among those that share the run; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def together():
+    """Do what all processes do at once. Raises Gone where one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise Gone(f"rank {rank()}: another process of this run is gone ({error})") from None
+
+
+def barrier():
+    """Wait until every process is here. Raises Gone."""
+    if world_size() > 1:
+        with together():
+            dist.barrier()
+
+
+def reduce(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
+    """Return the sums of tensors over all processes, times scale. Raises Gone."""
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    with together():
+        dist.all_reduce(flat)
+    parts = flat.mul_(scale).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors)]
+
+
+def global_sum(x: Tensor) -> Tensor:
+    """Return the sum of x over all processes, whose gradient, averaged by grad, is the sum's."""
+    if world_size() == 1:
+        return x
+    mine = world_size() * x
+    return mine + (reduce([x])[0] - mine).detach()
+
+
+# ------------------------------------------------------------------------------------- operations
+# The candidate operations (DARTS §3.1.1), merged over edges for the supernet and one by one for the
+# evaluated network. A change here changes both; the tests hold each to its per-edge form.
+
+
+def memory_format(device):
+    """Return the one layout of all maps on a device. On the CPU channels_last halves the time of a
+    step; elsewhere it is not mixed in: some mps versions differentiate BatchNorm wrongly in it."""
+    return torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return memory_format(x.device) == torch.channels_last
+
+
+def place(module: nn.Module, device) -> nn.Module:
+    """Return the module on its device, in the device's layout."""
+    return module.to(device, memory_format=memory_format(device))
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -91,50 +170,25 @@ class FactorizedReduce(nn.Module):
 
 
 def preprocess(C_in, C_out, reduce=False, affine=False):
-    """A cell's input at its width and size. The ReLU in front of it is taken once, where the input
-    is made: two cells share it."""
+    """Return what brings a cell's input to its width and size. The ReLU in front of it is taken
+    once, where the input is made: two cells share it."""
     return (FactorizedReduce(C_in, C_out, affine=affine) if reduce else
             nn.Sequential(nn.Conv2d(C_in, C_out, 1, bias=False), BatchNorm(C_out, affine=affine)))
 
 
-def operation(name: str, C: int, stride: int, affine: bool) -> nn.Module:
-    """One candidate operation on one edge, as the evaluated network uses it (DARTS §3.1.1)."""
-    if name == "max_pool_3x3":
-        return nn.MaxPool2d(3, stride, 1)
-    if name == "avg_pool_3x3":
-        return nn.AvgPool2d(3, stride, 1, count_include_pad=False)
-    if name == "skip_connect":
-        return (nn.Identity() if stride == 1 else
-                nn.Sequential(nn.ReLU(), FactorizedReduce(C, C, affine=affine)))
-    kernel = int(name[-1])
-    if name.startswith("sep_conv"):
-        return nn.Sequential(nn.ReLU(), SeparableConv(C, kernel, stride, affine=affine),
-                             nn.ReLU(inplace=True), SeparableConv(C, kernel, affine=affine))
-    return nn.Sequential(nn.ReLU(), SeparableConv(C, kernel, stride, 2, affine=affine))
+def stem(C, imagenet):
+    """Return the layers before the first cell and their last width: two modules, of which the
+    second makes the second input of the first cell from the first. imagenet: stride 8 in all."""
+    def conv(a, b, stride=2):
+        return nn.Conv2d(a, b, 3, stride, 1, bias=False), BatchNorm(b), nn.ReLU()
+    if imagenet:
+        return nn.Sequential(*conv(3, C // 2), *conv(C // 2, C)), nn.Sequential(*conv(C, C)), C
+    return nn.Sequential(*conv(3, 3 * C, 1)), nn.Identity(), 3 * C
 
 
-def nhwc(x):
-    """(N, C, H, W) -> (N, H, W, C): a view, whole in memory where x is channels_last."""
-    return x.permute(0, 2, 3, 1)
-
-
-def nchw(x):
-    return x.permute(0, 3, 1, 2)
-
-
-def phases(x):
-    """The four stride-2 phases of x along the batch: (N, C, H, W) -> (4N, C, H/2, W/2).
-
-    A convolution of dilation 2 is a plain one on each phase, whose gradients cost far less on a
-    CPU.
-    """
-    return torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
-
-
-def merge_phases(x):                                              # the inverse of phases
-    x = nhwc(x).unflatten(0, (2, 2, -1))                          # (2, 2, N, H/2, W/2, C)
-    return nchw(x.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2))
-
+# --------------------------------------------------------------------------------------- supernet
+# The search network, whose outputs and gradients are those of one mixed operation per edge (DARTS
+# Eq. 2; tested to 1e-10). Its parameters are the weights alone; the architecture comes with a call.
 
 NODES = 4
 EDGES = sum(2 + i for i in range(NODES))                          # 14
@@ -149,8 +203,27 @@ class Knobs:
     """What a base changes in its supernets while they train."""
     auxiliary: float = 0.0              # DARTS-: weight of the auxiliary skip
     skip_dropout: float = 0.0           # P-DARTS: rate
-    seed: int = 0                       # of the dropped values; the same in every pass of a step
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = None                      # of the dropped values
+
+
+def nhwc(x):
+    """Return (N, C, H, W) as (N, H, W, C): a view, whole in memory where x is channels_last."""
+    return x.permute(0, 2, 3, 1)
+
+
+def nchw(x):
+    return x.permute(0, 3, 1, 2)
+
+
+def phases(x):
+    """Return the four stride-2 phases of x along the batch, (4N, C, H/2, W/2). A convolution of
+    dilation 2 is a plain one on each phase, whose gradients cost far less on a CPU."""
+    return torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+
+
+def merge_phases(x):                                              # the inverse of phases
+    x = nhwc(x).unflatten(0, (2, 2, -1))                          # (2, 2, N, H/2, W/2, C)
+    return nchw(x.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2))
 
 
 def avg_pool(x, size, stride, padding):
@@ -170,7 +243,7 @@ class MixedEdges(nn.Module):
         super().__init__()
         self.edges, self.stride, self.partial, self.knobs = len(kept), stride, partial, knobs
         self.kept = {name: edges for name in PRIMITIVES
-                     if (edges := tuple(e for e, names in enumerate(kept) if name in names))}
+                     if (edges := [e for e, names in enumerate(kept) if name in names])}
         c = C // partial
         for name, edges in self.kept.items():
             n = len(edges)
@@ -185,92 +258,106 @@ class MixedEdges(nn.Module):
                 self.skip_connect = FactorizedReduce(c, c, n)
         self.auxiliary = FactorizedReduce(c, c, len(kept)) if auxiliary and stride == 2 else None
 
-    def forward(self, x, p, wide, q=None):
-        """x (N, C, H, W), p (edges, 8) the weights of the operations, wide (edges * C,) for each
-        operation the same per channel, q (edges,) those of the bypass
-        -> (N, edges * C, H', W'), one edge beside the other."""
+    def forward(self, x, p, q=None):
+        """x (N, C, H, W), p (edges, 8) the weights of the operations, q (edges,) those of the
+        bypass -> (N, edges * C, H', W'), one edge beside the other."""
         C, bypass = x.shape[1] // self.partial, None
         if self.partial > 1:
             x, bypass = x.split([C, x.shape[1] - C], 1)
-        r = F.relu(x)
+        r, wide = F.relu(x), p.t().repeat_interleave(C, 1)        # (8, edges * C): p per channel
+        repeated = functools.cache(lambda x, n: torch.cat([x] * n, 1))       # two may share a copy
+        terms = [*self.separable(r, wide, repeated), *self.dilated(r, wide, repeated),
+                 *self.reduced_skips(r, wide), *self.weightless(x, p, wide)]
+        out = functools.reduce(Tensor.add_, terms)
+        return out if bypass is None else self.shuffled(out, bypass, q)
 
-        @functools.cache
-        def repeat(x, n):                                         # n copies side by side
-            return torch.cat([x] * n, 1)
+    def weight(self, wide, name):
+        """Return an operation's weight per channel, on the edges that have it."""
+        row, edges = wide[PRIMITIVES.index(name)], self.kept[name]
+        if len(edges) == self.edges:
+            return row
+        return torch.cat([part for e, part in enumerate(row.chunk(self.edges)) if e in edges])
 
-        def weight(name):                                         # of an operation, per channel
-            row, edges = wide[PRIMITIVES.index(name)], self.kept[name]
-            return row if len(edges) == self.edges else torch.cat(
-                [row[e * C:(e + 1) * C] for e in edges])
+    def on_all(self, term, edges):
+        """Return term (N, len(edges) * C, H, W) with zeros for the edges that are without it."""
+        if len(edges) == self.edges:
+            return term
+        parts = dict(zip(edges, term.chunk(len(edges), 1)))
+        zero = torch.zeros_like(parts[edges[0]])
+        return torch.cat([parts.get(e, zero) for e in range(self.edges)], 1)
 
-        def on_all(name, term):                                   # zero on edges without it
-            edges = self.kept[name]
-            if len(edges) == self.edges:
-                return term
-            parts = dict(zip(edges, term.chunk(len(edges), 1)))
-            zero = torch.zeros_like(parts[edges[0]])
-            return torch.cat([parts.get(e, zero) for e in range(self.edges)], 1)
-
-        terms, dilated = [], []
+    def separable(self, r, wide, repeated):
         for name in ("sep_conv_3x3", "sep_conv_5x5"):
-            if name in self.kept:
-                many = repeat(r, len(self.kept[name]))
-                once = F.relu_(self.get_submodule(name + "_a")(many))
-                terms.append(on_all(name, self.get_submodule(name + "_b")(once, weight(name))))
-        seen, dilation = r, 2
-        if self.stride == 2:     # then dilation 2 reads one phase only
-            seen, dilation = r[:, :, ::2, ::2], 1
-        elif r.is_cpu and r.shape[2] % 2 == r.shape[3] % 2 == 0:
-            seen, dilation = phases(r), 1
-        for name in ("dil_conv_3x3", "dil_conv_5x5"):
-            if name in self.kept:
-                many = repeat(seen, len(self.kept[name]))
-                term = self.get_submodule(name)(many, weight(name), dilation)
-                dilated.append(on_all(name, term))
-        if dilated:
-            terms.append(merge_phases(sum(dilated)) if len(seen) > len(r) else sum(dilated))
+            if edges := self.kept.get(name):
+                once = F.relu_(self.get_submodule(name + "_a")(repeated(r, len(edges))))
+                term = self.get_submodule(name + "_b")(once, self.weight(wide, name))
+                yield self.on_all(term, edges)
 
-        column = p.unbind(1)
-        shared, columns = [], []                                  # the same on all edges
+    def dilated(self, r, wide, repeated):
+        dilation, by_phase = 2, False
+        if self.stride == 2:                                      # dilation 2 reads one phase only
+            r, dilation = r[:, :, ::2, ::2], 1
+        elif is_channels_last(r) and r.shape[2] % 2 == r.shape[3] % 2 == 0:
+            r, dilation, by_phase = phases(r), 1, True
+        terms = []
+        for name in ("dil_conv_3x3", "dil_conv_5x5"):
+            if edges := self.kept.get(name):
+                many = repeated(r, len(edges))
+                term = self.get_submodule(name)(many, self.weight(wide, name), dilation)
+                terms.append(self.on_all(term, edges))
+        if terms:
+            yield merge_phases(sum(terms)) if by_phase else sum(terms)
+
+    def reduced_skips(self, r, wide):
+        """Yield the skip connections of stride 2, which have weights."""
+        if self.stride == 2 and (edges := self.kept.get("skip_connect")):
+            yield self.on_all(self.skip_connect(r, self.weight(wide, "skip_connect")), edges)
+        if self.auxiliary is not None:
+            yield self.auxiliary(r, torch.full_like(wide[0], self.knobs.auxiliary))
+
+    def weightless(self, x, p, wide):
+        """Yield what has no weights: pooling with its BN and, at stride 1, x itself, the same on
+        all edges but for a factor; x under P-DARTS' dropout (§3.3) has a mask per edge."""
+        column, columns, maps = p.unbind(1), [], []
         for name, pool in (("max_pool_3x3", F.max_pool2d), ("avg_pool_3x3", avg_pool)):
             if name in self.kept:
-                shared.append(self.get_submodule(name)(pool(x, 3, self.stride, 1)))
+                maps.append(self.get_submodule(name)(pool(x, 3, self.stride, 1)))
                 columns.append(column[PRIMITIVES.index(name)])
-        beta, rate = self.knobs.auxiliary, self.knobs.skip_dropout if self.training else 0.0
-        if self.stride == 2:
-            if "skip_connect" in self.kept:
-                terms.append(on_all("skip_connect", self.skip_connect(r, weight("skip_connect"))))
-            if self.auxiliary is not None:
-                terms.append(self.auxiliary(r, torch.full_like(wide[0], beta)))
-        else:
-            direct = torch.full_like(column[0], beta)
-            if "skip_connect" in self.kept and rate:              # P-DARTS §3.3
-                many = repeat(x, len(self.kept["skip_connect"]))
+        if self.stride == 1:
+            direct, rate = torch.full_like(column[0], self.knobs.auxiliary), self.knobs.skip_dropout
+            if (edges := self.kept.get("skip_connect")) and rate and self.training:
+                many = torch.cat([x] * len(edges), 1)
                 stay = torch.empty_like(many).bernoulli_(1 - rate, generator=self.knobs.generator)
-                scale = weight("skip_connect").view(1, -1, 1, 1) / (1 - rate)
-                terms.append(on_all("skip_connect", many * stay * scale))
-            elif "skip_connect" in self.kept:
+                scale = self.weight(wide, "skip_connect").view(1, -1, 1, 1) / (1 - rate)
+                yield self.on_all(many * stay * scale, edges)
+            elif edges:
                 direct = direct + column[PRIMITIVES.index("skip_connect")]
-            shared.append(x)
+            maps.append(x)
             columns.append(direct)
+        if maps:                                                  # their sums are one product
+            last = is_channels_last(x)
+            maps = torch.stack([nhwc(m) for m in maps] if last else maps)
+            mixed = (torch.stack(columns, 1) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+            yield (nchw(mixed.movedim(0, 3).flatten(3)) if last else
+                   mixed.movedim(0, 1).flatten(1, 2))
 
-        N, _, H, W = (terms + shared)[0].shape
-        if shared:
-            stacked = torch.stack([nhwc(s) for s in shared]).flatten(1)
-            mixed = torch.stack(columns, 1) @ stacked             # (edges, N*H*W*C)
-            terms.append(nchw(mixed.view(-1, N, H, W, C).permute(1, 2, 3, 0, 4).flatten(3)))
-        out = functools.reduce(torch.Tensor.add_, terms)
-        if self.partial == 1:
-            return out
+    def shuffled(self, out, bypass, q):
+        """Return out (N, edges * C, H, W) with the bypass beside each edge, channels shuffled."""
         if self.stride == 2:
             bypass = F.max_pool2d(bypass, 2, ceil_mode=True)
-        out = nhwc(out).unflatten(3, (-1, C))
-        out = torch.cat([out, q[:, None] * nhwc(bypass).unsqueeze(3)], 4)
-        return nchw(out.unflatten(4, (self.partial, C)).transpose(4, 5).flatten(3))     # shuffled
+        last = is_channels_last(out)
+        at = 3 if last else 1                                     # where the channels are
+        out, bypass, q = (nhwc(out), nhwc(bypass), q[:, None]) if last else (
+            out, bypass, q[:, None, None, None])
+        out = out.unflatten(at, (self.edges, -1))
+        out = torch.cat([out, q * bypass.unsqueeze(at)], at + 1)
+        out = out.unflatten(at + 1, (self.partial, -1)).transpose(at + 1, at + 2)
+        out = out.flatten(at, at + 2)
+        return nchw(out) if last else out
 
 
 class SearchCell(nn.Module):
-    """kept: per edge, its candidates; what follows is MixedEdges'."""
+    """A cell of mixed edges. kept: per edge, its candidates; what follows is MixedEdges'."""
 
     def __init__(self, C_prev_prev, C_prev, C, reduction, reduction_prev, kept, *options):
         super().__init__()
@@ -284,14 +371,10 @@ class SearchCell(nn.Module):
     def forward(self, s0, s1, p, q):
         """p (14, 8), q (14,) or None: the weights of the edges' operations and bypasses, in the
         order of OUTGOING."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        C, counts = states[1].shape[1], [len(rows) for rows in OUTGOING]
-        c = C // self.states[0].partial
-        wide = p.t().unsqueeze(2).expand(-1, -1, c).flatten(1)    # (8, 14 * C)
-        wide = zip(*(row.split([c * n for n in counts]) for row in wide.unbind()))
-        each = zip(self.states, p.split(counts), wide, [None] * 5 if q is None else q.split(counts))
-        nodes = 0                                                 # the sums that are not complete
-        for j, (edges, *weights) in enumerate(each):
+        states, counts = [self.preprocess0(s0), self.preprocess1(s1)], [len(r) for r in OUTGOING]
+        C, nodes = states[1].shape[1], 0                          # nodes: those not complete
+        q = [None] * len(counts) if q is None else q.split(counts)
+        for j, (edges, *weights) in enumerate(zip(self.states, p.split(counts), q)):
             nodes = nodes + edges(states[j], *weights)            # (N, their number * C, H', W')
             if 0 < j < NODES:                                     # node j - 1 has all its inputs
                 done, nodes = nodes.split([C, nodes.shape[1] - C], 1)
@@ -299,22 +382,11 @@ class SearchCell(nn.Module):
         return torch.cat([*states[2:], nodes], 1)                 # (N, 4C, H', W')
 
 
-def stem(C, imagenet):
-    """The layers before the first cell and their last width: two modules, of which the second makes
-    the second input of the first cell from the first. imagenet: three convolutions of stride 2."""
-    def conv(a, b, stride=2):
-        return nn.Conv2d(a, b, 3, stride, 1, bias=False), BatchNorm(b), nn.ReLU()
-    if imagenet:
-        return nn.Sequential(*conv(3, C // 2), *conv(C // 2, C)), nn.Sequential(*conv(C, C)), C
-    return nn.Sequential(*conv(3, 3 * C, 1)), nn.Identity(), 3 * C
-
-
 class Supernet(nn.Module):
     """The search network: cells of mixed operations; reduction cells at 1/3 and 2/3.
 
-    Its parameters are the weights alone; the architecture comes with the call, so that one
-    architecture can be shared by several networks. kept: of the normal and the reduction cell, the
-    candidates per edge; partial, auxiliary: MixedEdges'; imagenet: the stem of stride 8.
+    kept: of the normal and the reduction cell, the candidates per edge; partial, auxiliary:
+    MixedEdges'; imagenet: the stem of stride 8.
     """
 
     def __init__(self, C, num_classes, layers, kept=ALL, partial=1, auxiliary=False,
@@ -334,8 +406,8 @@ class Supernet(nn.Module):
 
     def forward(self, x, alphas):
         """x (N, 3, H, W), alphas: initial_alphas' -> logits (N, num_classes)."""
-        if self.knobs.skip_dropout and self.training:
-            self.knobs.generator = torch.Generator(x.device).manual_seed(self.knobs.seed)
+        if self.knobs.skip_dropout and self.training:             # one mask in all passes of a step
+            self.knobs.generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
         p = [weights[self.order] for weights in operation_weights(alphas)]
         q = [edge_weights(beta)[self.order] for beta in alphas[2:]] or [None, None]
         s0 = self.stem0(x)
@@ -346,23 +418,15 @@ class Supernet(nn.Module):
         return self.classifier(out.mean((2, 3)))
 
 
-def place(module: nn.Module, device) -> nn.Module:
-    """The module on its device, in the memory format that is fast there."""
-    return module.to(device, memory_format=memory_format(device))
-
-
-def memory_format(device):
-    return torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
-
-
 # ----------------------------------------------------------------------------------- architecture
+# The architecture A: its parameters, the weights they give the supernet, the cell they stand for.
 
 DROPPED = -1e9                  # alpha of a candidate no longer there: its softmax is exactly zero
 
 
 def initial_alphas(device, kept=ALL, partial=1) -> list[Tensor]:
-    """The architecture A: alpha of the normal and of the reduction cell, each (14, 8); with partial
-    channels also their edges' beta, each (14,)."""
+    """Return A: alpha of the normal and of the reduction cell, each (14, 8); with partial channels
+    also their edges' beta, each (14,)."""
     alphas = [1e-3 * torch.randn(EDGES, len(PRIMITIVES)) for _ in range(2)]
     for alpha, edges in zip(alphas, kept):
         gone = [[name not in names for name in PRIMITIVES] for names in edges]
@@ -373,21 +437,21 @@ def initial_alphas(device, kept=ALL, partial=1) -> list[Tensor]:
 
 
 def edge_weights(beta: Tensor) -> Tensor:
-    """beta (14,), softmaxed over the edges into each node (PC-DARTS Eq. 3)."""
+    """Return beta (14,), softmaxed over the edges into each node (PC-DARTS Eq. 3)."""
     return torch.cat([F.softmax(b, 0) for b in beta.split([2 + n for n in range(NODES)])])
 
 
 def operation_weights(alphas: list[Tensor]) -> list[Tensor]:
-    """The weights of all operations in the normal and the reduction cell, each (14, 8)."""
+    """Return the weights of all operations in the normal and the reduction cell, each (14, 8)."""
     weights = [F.softmax(alpha, -1) for alpha in alphas[:2]]                       # DARTS Eq. 2
     return [w * edge_weights(beta)[:, None] for w, beta in zip(weights, alphas[2:])] or weights
 
 
 def decode(alphas: list[Tensor], max_skips: int = 8) -> Genotype:
-    """The cell that alphas stand for (DARTS §2.4): per node the two incoming edges whose strongest
-    operation other than `none` is strongest, with that operation; ties go to the lower index. Of
-    more than max_skips skip connections in the normal cell the weakest go, one by one, and the
-    cell is decoded again (P-DARTS §3.3)."""
+    """Return the cell that alphas stand for (DARTS §2.4): per node the two incoming edges whose
+    strongest operation other than `none` is strongest, with that operation; ties go to the lower
+    index. Of more than max_skips skip connections in the normal cell the weakest go, one by one,
+    and the cell is decoded again (P-DARTS §3.3)."""
     def cell(p):                                                  # (14, 7) -> [(row, state, op)]
         edges, first = [], 0
         for n in range(2, 2 + NODES):
@@ -407,27 +471,30 @@ def decode(alphas: list[Tensor], max_skips: int = 8) -> Genotype:
 
 
 def prune(alphas: list[Tensor], keep: int) -> list:
-    """The `keep` strongest candidates of every edge, in their order (P-DARTS §3.2); of equal ones
-    the lower index goes first."""
-    return [[[PRIMITIVES[o] for o in sorted(sorted(range(len(row)), key=row.__getitem__)[-keep:])]
-             for row in alpha.tolist()] for alpha in alphas[:2]]
+    """Return the `keep` strongest candidates of every edge, in their order (P-DARTS §3.2); of equal
+    ones the lower index goes first."""
+    strongest = [alpha.detach().cpu().argsort(stable=True)[:, -keep:].sort().values
+                 for alpha in alphas[:2]]
+    return [[[PRIMITIVES[o] for o in row] for row in cell.tolist()] for cell in strongest]
 
 
 def architecture_report(alphas: list[Tensor]) -> dict:
-    """Mean entropy of softmax(alpha) in nats, and skip connections in the normal cell, decoded
-    without a limit on them."""
-    p = F.softmax(torch.cat([a.detach() for a in alphas[:2]]), -1)
+    """Return the mean entropy of softmax(alpha) in nats, and the skip connections in the normal
+    cell, decoded without a limit on them."""
+    p = F.softmax(torch.cat([a.detach().cpu() for a in alphas[:2]]), -1)
     return {"alpha_entropy": torch.special.entr(p).sum(-1).mean().item(),
             "skip_connections": sum(op == "skip_connect" for op, _ in decode(alphas).normal)}
 
 
 def mean_weights(alphas: list[Tensor]) -> dict:
-    """The operations' weights in both cells, means over the edges, in PRIMITIVES' order."""
+    """Return the operations' weights in both cells, means over the edges, in PRIMITIVES' order."""
     return {kind: F.softmax(alpha.detach(), -1).mean(0).tolist()
             for kind, alpha in zip(("normal", "reduce"), alphas)}
 
 
 # ------------------------------------------------------------------------------------------ bases
+# The base searches as data, and what they do in a search: its stages, what changes from epoch to
+# epoch, when it ends. A seventh base is a line in BASES and what it does differently here.
 
 # A base search: the defaults it gives the command line. layers, candidates and skip_dropout have an
 # entry per stage (weights and A start anew in each), epochs and warm_up count within a stage.
@@ -449,12 +516,25 @@ IMAGENET = dict(image_size=224, subsets=[0.1, 0.025])
 IMAGENET_BASES = {"pcdarts": dict(batch_size=1024, lr=0.5, alpha_lr=6e-3, warm_up=35)}
 
 
-def new_stage(args, stage: int, kept, classes: list[int], device):
-    """What starts anew in a stage of the search, from (seed, stage): a supernet for each entry of
-    classes with its SGD, and the architecture A with its Adam.
+def stages(run):
+    """Yield the stages that are left of a search; between two of them the weakest candidates of
+    every edge go (P-DARTS §3.2)."""
+    args, state = run.args, run.state
+    state.setdefault("kept", ALL)
+    while state["stage"] < len(args.layers) and not state["stopped"]:
+        yield state["stage"]
+        state["stage"] += 1
+        if state["stage"] < len(args.layers):
+            state["kept"] = prune(run.parts["outer"][:2], args.candidates[state["stage"]])
+
+
+def new_stage(run, classes: list[int], device):
+    """Make what starts anew in a stage of the search, from (seed, stage): a supernet for each entry
+    of classes with its SGD, and the architecture A with its Adam.
 
     Returns (supernets, their optimizers, alphas, optimizer of alphas).
     """
+    args, stage, kept = run.args, run.state["stage"], run.state["kept"]
     seed_all(args.seed, stage)
     nets = [place(Supernet(args.channels, n, args.layers[stage], kept, args.partial,
                            args.auxiliary_skip, "imagenet" in task_names(args)), device)
@@ -470,78 +550,93 @@ def new_stage(args, stage: int, kept, classes: list[int], device):
     return nets, opts, alphas, alpha_opt
 
 
-def schedule(args, stage: int, epoch: int, step: int, nets, opts) -> bool:
-    """Set what a base changes from epoch to epoch of a stage: the learning rate, DARTS-'s auxiliary
-    skip, P-DARTS' skip dropout. Returns whether A learns in this epoch."""
+def schedule(args, stage: int, epoch: int, nets, opts, other_opt=None, other_lr=0.0) -> bool:
+    """Set what changes from epoch to epoch of a stage: the learning rates, DARTS-'s auxiliary skip,
+    P-DARTS' skip dropout. Returns whether A learns in this epoch.
+
+    other_opt: of a learner that has no stages (LPT's tester, LeaSE's audience); its rate falls from
+    other_lr to 0 over all of them.
+    """
     learns, last = epoch >= args.warm_up, args.epochs - 1
     rate = args.skip_dropout[stage] * (math.exp(-0.2 * (epoch - args.warm_up)) if learns else
                                        (args.epochs - epoch - 1) / args.epochs)
     for net, opt in zip(nets, opts):
         opt.param_groups[0]["lr"] = cosine(args.lr, args.lr_min, epoch, args.epochs)
-        net.knobs.skip_dropout, net.knobs.seed = rate, mixed_seed(args.seed, step, rank())
+        net.knobs.skip_dropout = rate
         net.knobs.auxiliary = args.auxiliary_skip * (1 - epoch / last if args.epochs > 1 else 0)
+    if other_opt:
+        other_opt.param_groups[0]["lr"] = cosine(other_lr, 0, stage * args.epochs + epoch,
+                                                 len(args.layers) * args.epochs)
     return learns
 
 
+def end_epoch(run, alphas: list[Tensor], **figures: float):
+    """Write what an epoch of a search leaves behind: its line in the log, the cell and drawings;
+    end the search where its cell has too many skip connections (DARTS+)."""
+    args, report = run.args, architecture_report(alphas)
+    if 0 < args.stop_at_skips <= report["skip_connections"]:
+        run.state["stopped"] = (f"the normal cell has {report['skip_connections']} skip "
+                                f"connections, --stop-at-skips is {args.stop_at_skips}")
+    history = run.end_epoch(report | figures, {"mean_weights": mean_weights(alphas)})
+    cell, title = decode(alphas, args.max_skips), f"{args.out.name}, epoch {len(history)}"
+    write(args.out / "genotype.json", to_json(cell))
+    write(args.out / "cells.svg", to_svg(cell, title))
+    write(args.out / "weights.svg", weights_svg([line["mean_weights"] for line in history], title))
+
+
 # -------------------------------------------------------------------------------------- gradients
+# What the methods' equations are computed by. Nothing here changes a weight, a buffer or a .grad,
+# but for descend; a change here changes every method's gradient, and the oracles say how.
 
 
-def rank() -> int:
-    """This process's number among those that share the search; 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def grad(loss: Tensor, *groups: list[Tensor], shared: bool = True):
+    """Return d loss / d each tensor of each group, a list per group (the list itself where there is
+    one); touches no .grad.
+
+    Every gradient of the methods is taken here, and averaged over the processes, each of which has
+    its part of the batch; shared=False: the tensors are this process's own, as LeaSE's delta.
+    """
+    grads = list(torch.autograd.grad(loss, [t for group in groups for t in group]))
+    if shared and world_size() > 1:
+        grads = reduce(grads, 1 / world_size())
+    grads = iter(grads)
+    parts = [list(itertools.islice(grads, len(group))) for group in groups]
+    return parts if len(parts) > 1 else parts[0]
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def reduce(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
-    """The sums of tensors over all processes, times scale. Raises Gone."""
-    flat = torch.cat([t.detach().flatten() for t in tensors])
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError as error:
-        raise Gone(f"rank {rank()}: another process of this run is gone ({error})") from None
-    parts = flat.mul_(scale).split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors)]
-
-
-def global_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, whose gradient, averaged by grad, is the sum's."""
-    if world_size() == 1:
-        return x
-    mine = world_size() * x
-    return mine + (reduce([x])[0] - mine).detach()
-
-
-def grad(loss: Tensor, inputs: list[Tensor], per_image: bool = False) -> list[Tensor]:
-    """d loss / d inputs; touches no .grad. Every gradient of the methods is taken here, and
-    averaged over the processes, each of which has its share of the batch: the inputs are common to
-    all of them, unless they are per_image."""
-    grads = list(torch.autograd.grad(loss, inputs))
-    return grads if per_image or world_size() == 1 else reduce(grads, 1 / world_size())
-
-
-def call(module: nn.Module, weights: list[Tensor], *inputs):
-    """module(*inputs) at other weights (in the order of its parameters), in training by the batch's
-    statistics alone: changes nothing in the module."""
-    state = dict(zip((name for name, _ in module.named_parameters()), weights, strict=True))
+@contextlib.contextmanager
+def batch_statistics(module: nn.Module):
+    """Let every BatchNorm of a module in training see its batch alone: its running statistics stay
+    as they are. (Copies of them would serve as well, at a third more operator calls a pass.)"""
     norms = [part for part in module.modules()
              if isinstance(part, nn.BatchNorm2d) and part.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
     try:
-        for norm in norms:
-            norm.track_running_stats = False
-        return torch.func.functional_call(module, state, inputs)
+        yield
     finally:
         for norm in norms:
             norm.track_running_stats = True
 
 
+def call(module: nn.Module, weights: list[Tensor], *inputs):
+    """Return module(*inputs) at other weights, in the order of its parameters; changes nothing."""
+    state = dict(zip((name for name, _ in module.named_parameters()), weights, strict=True))
+    with batch_statistics(module):
+        return torch.func.functional_call(module, state, inputs)
+
+
+def detached(weights: list[Tensor]) -> list[Tensor]:
+    """Return the same weights as constants."""
+    return [w.detach() for w in weights]
+
+
 @torch.no_grad()
-def virtual_weights(optimizer: torch.optim.SGD, weights: list[Tensor], grads: list[Tensor]):
-    """The weights after one SGD step, w' = w - xi (mu buffer + grad + wd w), as leaves (DARTS
-    Eq. 7, with the momentum and weight decay of its reference code); nothing else changes."""
+def virtual_weights(optimizer: torch.optim.SGD, grads: list[Tensor]) -> list[Tensor]:
+    """Return an optimizer's weights after one step along grads, w' = w - xi (mu buffer + grad + wd
+    w), as leaves (DARTS Eq. 7, with the momentum and weight decay of its reference code)."""
     group = optimizer.param_groups[0]
+    weights = group["params"]
     step = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
     buffers = [optimizer.state[w].get("momentum_buffer") for w in weights if w in optimizer.state]
     if buffers and buffers[0] is not None:
@@ -550,65 +645,73 @@ def virtual_weights(optimizer: torch.optim.SGD, weights: list[Tensor], grads: li
 
 
 def central_difference(grad_at, w: list[Tensor], v: list[Tensor], radius: float = 1e-2,
-                       per_image: bool = False):
-    """(d2 L / da dw) v for every tensor a that grad_at differentiates by; zeros where v is zero.
+                       shared: bool = True) -> list[Tensor]:
+    """Return (d2 L / da dw) v for every tensor a that grad_at differentiates by; zeros where v is
+    zero.
 
     grad_at(w) returns dL/da at weights w. The step is eps = radius / |v|, with the norm over all
-    of v (DARTS Eq. 8; LPT Eq. 17; LeaSE Eq. 11); per_image: v is spread over the processes.
+    of v (DARTS Eq. 8; LPT Eq. 17; LeaSE Eq. 11); shared=False: v is spread over the processes.
     """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v)))
-    if per_image and world_size() > 1:
+    norm = nn.utils.get_total_norm(v)
+    if not shared and world_size() > 1:
         norm = reduce([norm.square()])[0].sqrt()
     eps = torch.where(norm > 0, radius / norm, radius)
-    w, step = [t.detach() for t in w], torch._foreach_mul(v, eps)
+    w, step = detached(w), torch._foreach_mul(v, eps)
     plus = grad_at(torch._foreach_add(w, step))
     minus = grad_at(torch._foreach_sub(w, step))
     return [(p - n) / (2 * eps) for p, n in zip(plus, minus)]
 
 
-def finite(tensors) -> bool:
-    return math.isfinite(torch.stack(torch._foreach_norm(list(tensors), math.inf)).sum().item())
+def descend(optimizer, grads: list[Tensor], learner: str = "a learner",
+            loss: Tensor | None = None, clip: float | None = None):
+    """Take an optimizer's step along given gradients, their total norm clipped at `clip`.
 
-
-def descend(optimizer, weights: list[Tensor], grads: list[Tensor], clip: float | None = None,
-            learner: str = "a learner", loss: Tensor | None = None):
-    """One optimizer step along given gradients, their total norm clipped at `clip`. Raises
-    NotFinite, before the step where the loss or a gradient is NaN or infinite."""
-    if not finite(grads if loss is None else [*grads, loss.detach()]):
+    Raises NotFinite, before the step where the loss or a gradient is NaN or infinite. (By the
+    2-norm: a maximum may drop NaN on mps.)
+    """
+    weights, norm = optimizer.param_groups[0]["params"], nn.utils.get_total_norm(grads)
+    if not math.isfinite(norm if loss is None else norm + loss.detach()):
         raise NotFinite(f"the loss or a gradient of {learner} is not finite")
-    for w, g in zip(weights, grads):
+    for w, g in zip(weights, grads, strict=True):
         w.grad = g
     if clip:
-        nn.utils.clip_grad_norm_(weights, clip)
+        nn.utils.clip_grads_with_norm_(weights, clip, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not finite([w.detach() for w in weights]):
+    if not math.isfinite(nn.utils.get_total_norm(weights)):
         raise NotFinite(f"a weight of {learner} is not finite after its step")
 
 
 def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch, annealed from start towards end (SGDR, Eq. 5)."""
+    """Return the learning rate of an epoch, annealed from start towards end (SGDR, Eq. 5)."""
     return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
 def mixed_seed(*keys: int) -> int:
-    """A 64-bit seed from several numbers."""
+    """Return a 64-bit seed from several numbers."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
 
 
 def seed_all(*keys: int):
-    """torch's generators as a pure function of `keys`."""
+    """Set torch's generators as a pure function of `keys`, each GPU's to another state: the
+    replicas of DataParallel must not drop the same paths."""
     torch.manual_seed(mixed_seed(*keys))
+    for i, generator in enumerate(torch.cuda.default_generators):
+        generator.manual_seed(mixed_seed(*keys, i))
 
 
+@contextlib.contextmanager
 def evaluating(*modules: nn.Module):
-    """Set modules to evaluation, with rank 0's BatchNorm statistics in all processes."""
+    """Have modules in evaluation, with rank 0's BatchNorm statistics in all processes."""
     for module in modules:
         module.eval()
         statistics = [b for b in module.buffers() if b.is_floating_point()]
         if world_size() > 1 and statistics:
             sums = reduce([torch.zeros_like(b) if rank() else b for b in statistics])
             torch._foreach_copy_(statistics, sums)
+    yield
+    for module in modules:
+        module.train()
 
 
 def autocast(device, on: bool):
@@ -616,17 +719,42 @@ def autocast(device, on: bool):
     return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
 
 
-# ----------------------------------------------------------------------------- images and streams
+# ------------------------------------------------------------------------------------- the images
+# Data sets, their augmentation and their mini-batches. A batch is a pure function of (seed, stream,
+# step); a change here must leave it one, or --resume no longer repeats a run.
 
 
-@dataclass
-class ImageSet:
-    """Labelled images in memory, whole, on the device."""
+class Request(NamedTuple):
+    """A mini-batch to be read."""
+    rows: np.ndarray                    # of the whole batch
+    key: tuple | None = None            # of the generator of its augmentation; None: as it is
+    part: slice = slice(None)           # the rows that are this process's
+    cutout: int = 0                     # side of the square cut out, in pixels
+
+
+class Images:
+    """Labelled images: labels (n,) int64, classes, size (H, W), device, mean and std (3, 1, 1) in
+    units of 0 to 1, and reader(), a function from requests to batches x (N, 3, H, W) float32,
+    y (N,), rows (N,)."""
+
+    @functools.cached_property
+    def plain(self):
+        """A reader of the images as they are; kept, since a reader may hold processes."""
+        return self.reader()
+
+    def normalised(self, x: Tensor) -> Tensor:
+        x = (x.float() / 255 - self.mean.to(x.device)) / self.std.to(x.device)
+        return x.contiguous(memory_format=memory_format(x.device))
+
+
+@dataclass(eq=False)
+class ImageSet(Images):
+    """Images in memory, whole, on the device."""
     images: Tensor          # (n, 3, H, W) uint8
-    labels: Tensor          # (n,) int64
+    labels: Tensor
     classes: list[str]
-    mean: Tensor            # (3, 1, 1), of the training images, in units of 0 to 1
-    std: Tensor             # (3, 1, 1)
+    mean: Tensor
+    std: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
@@ -637,44 +765,59 @@ class ImageSet:
         return self.images.device
 
     def pixels(self, rows) -> Tensor:
-        """The images `rows` as they are, (N, 3, H, W) uint8."""
+        """Return the images `rows` as they are, (N, 3, H, W) uint8."""
         return self.images[rows]
 
-    def batch(self, rows, rng=None, cutout: int = 0, part=slice(None)) -> Tensor:
-        """The images `rows`, normalised, (N, 3, H, W) float32. With a generator each is cropped
-        out of its zero-padded self (by 1/8: 4 pixels at 32), flipped by even odds and, if asked,
-        loses a square of `cutout` pixels' side. part: those of them that are wanted."""
-        x, device, N = self.images[rows[part]], self.device, len(rows)
-        n, _, H, W = x.shape
-        ys, xs = torch.arange(H, device=device), torch.arange(W, device=device)
+    def reader(self):
+        return self.read
 
-        def draw(high):                                           # (n, 1) integers below high
-            return torch.from_numpy(rng.integers(high, size=(N, 1))[part]).to(device)
+    def read(self, requests):
+        for request in requests:
+            rows = torch.from_numpy(request.rows[request.part]).to(self.device)
+            yield self.batch(rows, request), self.labels[rows], rows
 
-        if rng is not None:
-            pad = H // 8
-            x = F.pad(x, (pad,) * 4)
-            down, across = ys + draw(2 * pad + 1), xs + draw(2 * pad + 1)
-            across = torch.where(draw(2) == 1, across.flip(1), across)
-            i, c = (torch.arange(k, device=device)[:, None, None] for k in (n, 3))
-            x = x[i[..., None], c, down[:, None, :, None], across[:, None, None, :]]
-        x = normalised(x, self)
-        if cutout:
-            inside = [(at - centre + cutout // 2).div(cutout, rounding_mode="floor") == 0
-                      for at, centre in ((ys, draw(H)), (xs, draw(W)))]
-            x = x * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
-        return x.contiguous(memory_format=memory_format(device))
+    def batch(self, rows: Tensor, request: Request | None = None) -> Tensor:
+        """Return the images `rows`, normalised. With a keyed request each is cropped out of its
+        zero-padded self (by 1/8: 4 pixels at 32), flipped by even odds and, if asked, loses a
+        square."""
+        x = self.images[rows]
+        if request is None or request.key is None:
+            return self.normalised(x)
+        rng, (H, W), N = np.random.default_rng(request.key), self.size, len(request.rows)
+
+        def draw(high):                                           # for the whole batch; (n, 1)
+            return torch.from_numpy(rng.integers(high, size=(N, 1))[request.part]).to(self.device)
+
+        pad = H // 8
+        x = crop(F.pad(x, (pad,) * 4), draw(2 * pad + 1), draw(2 * pad + 1), (H, W))
+        x = torch.where(draw(2)[:, :, None, None] == 1, x.flip(3), x)
+        x = self.normalised(x)
+        return cut_out(x, draw(H), draw(W), request.cutout) if request.cutout else x
 
 
-@dataclass
-class ImageFiles:
-    """Labelled images in files, read when they are asked for: ImageNet."""
+def crop(x: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a window of each image x (n, 3, H, W), at its own top and left (n, 1)."""
+    i, c, y, z = (torch.arange(k, device=x.device) for k in (*x.shape[:2], *size))
+    return x[i[:, None, None, None], c[:, None, None], (top + y)[:, None, :, None],
+             (left + z)[:, None, None, :]]
+
+
+def cut_out(x: Tensor, y: Tensor, z: Tensor, side: int) -> Tensor:
+    """Return the images x (n, 3, H, W) with zeros in a square around (y, z), each (n, 1)."""
+    inside = [(torch.arange(length, device=x.device) - centre + side // 2).div(
+        side, rounding_mode="floor") == 0 for length, centre in zip(x.shape[2:], (y, z))]
+    return x * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+
+
+@dataclass(eq=False)
+class ImageFiles(Images):
+    """Images in files, read when they are asked for, by `workers` processes: ImageNet."""
     folder: torchvision.datasets.ImageFolder
-    labels: Tensor          # (n,) int64, on the CPU
+    labels: Tensor          # on the CPU
     classes: list[str]
     side: int               # of the square images, in pixels
     device: torch.device    # where the batches go
-    workers: int            # processes that read
+    workers: int
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)      # ImageNet's
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -682,40 +825,78 @@ class ImageFiles:
     def size(self) -> tuple[int, int]:
         return self.side, self.side
 
-    def read(self, rows, rng=None, part=slice(None)) -> Tensor:
-        """The images `rows`, (N, 3, H, W) uint8 on the CPU. With a generator each is a random
-        resized crop, flipped by even odds, its colours jittered; else the centre of the image."""
-        side = self.side
-        centre = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
-        random = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(),
-                             v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
-        seeds = rng and rng.integers(2 ** 63, size=len(rows))[part]
+    def pixels(self, rows) -> Tensor:
+        """Return the images `rows` as they are, (N, 3, H, W) uint8 on the CPU."""
+        return Reading(self.folder, self.side).read(Request(torch.as_tensor(rows).cpu().numpy()))
+
+    def batch(self, rows) -> Tensor:
+        return self.normalised(self.pixels(rows).to(self.device))
+
+    def reader(self):
+        requests = Sampler()
+        loader = DataLoader(
+            Reading(self.folder, self.side), batch_size=None, sampler=requests,
+            num_workers=self.workers, persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+            worker_init_fn=own_group)
+
+        def read(these):
+            requests.requests = these
+            for x, rows, error in loader:                         # rows are a tensor by now
+                if error:
+                    raise BadInput(error)
+                x = self.normalised(x.to(self.device, non_blocking=True))
+                yield x, self.labels[rows].to(self.device), rows.to(self.device)
+        return read
+
+
+class Sampler:
+    """What a loader that is kept reads next."""
+
+    def __iter__(self):
+        return iter(self.requests)
+
+
+@dataclass
+class Reading(Dataset):
+    """What a reading process does, with nothing else of a run in it."""
+    folder: torchvision.datasets.ImageFolder
+    side: int
+
+    def __getitem__(self, request: Request):
+        try:
+            return self.read(request), request.rows[request.part], ""
+        except BadInput as error:                                 # its class would not arrive
+            return None, None, str(error)
+
+    def read(self, request: Request) -> Tensor:
+        """Return the images of a request, (N, 3, H, W) uint8. With a key each is a random resized
+        crop, flipped by even odds, its colours jittered; else the centre of the image."""
+        side, (rows, key, part, _) = self.side, request
+        if key is None:
+            change = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+            seeds = itertools.repeat(0)
+        else:
+            change = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(),
+                                 v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
+            seeds = np.random.default_rng(key).integers(2 ** 63, size=len(rows))[part]
         images, state = [], torch.get_rng_state()
-        for i, row in enumerate(np.asarray(rows)[part]):
+        for row, seed in zip(rows[part], seeds):
             image = read_image(self.folder, row)
-            if rng:                                               # v2 draws from this generator
-                torch.default_generator.manual_seed(int(seeds[i]))
-            images.append(v2.functional.pil_to_tensor((random if rng else centre)(image)))
+            torch.default_generator.manual_seed(int(seed))        # v2 draws from this generator
+            images.append(v2.functional.pil_to_tensor(change(image)))
         torch.set_rng_state(state)
         return torch.stack(images)
 
-    def pixels(self, rows) -> Tensor:
-        return self.read(torch.as_tensor(rows).cpu().numpy())
 
-    def batch(self, rows) -> Tensor:
-        return self.finish(self.pixels(rows))
-
-    def finish(self, x: Tensor) -> Tensor:
-        x = normalised(x.to(self.device, non_blocking=True), self)
-        return x.contiguous(memory_format=memory_format(self.device))
-
-
-def normalised(x: Tensor, data) -> Tensor:
-    return (x.float() / 255 - data.mean.to(x.device)) / data.std.to(x.device)
+def own_group(_):
+    """Put a reading process in a group of its own: a signal to the run's group is not for it."""
+    if hasattr(os, "setpgrp"):                                    # not on Windows
+        os.setpgrp()
 
 
 def read_image(folder, row) -> Image.Image:
-    """An image of an ImageFolder, RGB. Raises BadInput, which names its file."""
+    """Return an image of an ImageFolder, RGB. Raises BadInput, which names its file."""
     file = folder.samples[row][0]
     try:
         return folder.loader(file)
@@ -724,9 +905,9 @@ def read_image(folder, row) -> Image.Image:
 
 
 def image_set(images: Tensor, labels, classes, device) -> ImageSet:
-    """An ImageSet on the device, with the channel statistics of its own images."""
+    """Return an ImageSet on the device, with the channel statistics of its own images."""
     sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
-            for x in images.split(256)]
+            for x in images.split(256)]                           # on the CPU, as the images are
     pixels = images[:, 0].numel()
     mean = sum(s for s, _ in sums) / pixels
     std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
@@ -736,8 +917,8 @@ def image_set(images: Tensor, labels, classes, device) -> ImageSet:
 
 
 def load_images(dataset: str, data: Path, device, image_size: int | None = None,
-                test: bool = False, workers: int = 0):
-    """The training (or test) images of a data set: an ImageSet, of imagenet an ImageFiles.
+                test: bool = False, workers: int = 0) -> Images:
+    """Return the training (or test) images of a data set.
 
     dataset: cifar10, cifar100, folder or folder:DIR (an ImageFolder tree: train/, and test/ or
     val/), imagenet (the same, read from its files), synthetic or synthetic:CLASSES. Raises
@@ -746,30 +927,35 @@ def load_images(dataset: str, data: Path, device, image_size: int | None = None,
     name, _, option = dataset.partition(":")
     if name == "synthetic":
         return synthetic(int(option or 10), image_size or 32, device, test)
-    if name in ("folder", "imagenet"):
-        data = Path(option or data)
-        parts = [data / part for part in (("test", "val") if test else ("train",))]
-        path = next((p for p in parts if p.is_dir()), None)
-        if path is None:
-            raise BadInput(f"no folder {' or '.join(map(str, parts))}: --data must hold train/, "
-                           "and test/ or val/, with one folder of images per class")
-        try:
-            folder = torchvision.datasets.ImageFolder(path)
-        except (FileNotFoundError, PermissionError) as error:
-            raise BadInput(f"no images in {path}: {error}") from None
-        if name == "imagenet":
-            return ImageFiles(folder, torch.tensor(folder.targets), folder.classes,
-                              image_size or 224, torch.device(device), workers)
-        return read_folder(folder, image_size, device)
-    if image_size not in (None, 32):
-        raise BadInput(f"--image-size {image_size}: the images of {dataset} have 32 pixels")
-    source = getattr(torchvision.datasets, name.upper())
+    if name not in ("folder", "imagenet"):
+        if image_size not in (None, 32):
+            raise BadInput(f"--image-size {image_size}: the images of {dataset} have 32 pixels")
+        return load_cifar(dataset, data, device, test)
+    data = Path(option or data)
+    parts = [data / part for part in (("test", "val") if test else ("train",))]
+    path = next((p for p in parts if p.is_dir()), None)
+    if path is None:
+        raise BadInput(f"no folder {' or '.join(map(str, parts))}: --data must hold train/, "
+                       "and test/ or val/, with one folder of images per class")
     try:
-        if rank():                                                # one process downloads
-            reduce([torch.zeros(1, device=device)])
-        cifar = source(data, train=not test, download=True)       # checks its files' checksums
-        if world_size() > 1 and not rank():
-            reduce([torch.zeros(1, device=device)])
+        folder = torchvision.datasets.ImageFolder(path)
+    except (FileNotFoundError, PermissionError) as error:
+        raise BadInput(f"no images in {path}: {error}") from None
+    if name == "folder":
+        return read_folder(folder, image_size, device)
+    return ImageFiles(folder, torch.tensor(folder.targets), folder.classes, image_size or 224,
+                      torch.device(device), workers)
+
+
+def load_cifar(dataset: str, data: Path, device, test: bool) -> ImageSet:
+    """Return CIFAR from `data`, downloaded to it by one process, its checksums compared."""
+    source = getattr(torchvision.datasets, dataset.upper())
+    try:
+        if rank():
+            barrier()                                             # until rank 0 has it
+        cifar = source(data, train=not test, download=True)
+        if not rank():
+            barrier()
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{dataset} is not in {data} and cannot be downloaded ({error}): put "
                        f"{source.filename} there, or use --dataset folder --data DIR") from None
@@ -778,7 +964,7 @@ def load_images(dataset: str, data: Path, device, image_size: int | None = None,
 
 
 def read_folder(folder, image_size: int | None, device) -> ImageSet:
-    """All images of an ImageFolder, resized and centre-cropped to image_size if given."""
+    """Return all images of an ImageFolder, resized and centre-cropped to image_size if given."""
     images = []
     for row, (file, _) in enumerate(folder.samples):
         image = read_image(folder, row)
@@ -794,8 +980,8 @@ def read_folder(folder, image_size: int | None, device) -> ImageSet:
 
 
 def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> ImageSet:
-    """Small procedural images that a network can learn: a class is a colour and a shape, on noise
-    of another colour. 4% of the training labels are wrong on purpose, none of the test's."""
+    """Return small procedural images that a network can learn: a class is a colour and a shape, on
+    noise of another colour. 4% of the training labels are wrong on purpose, none of the test's."""
     rng = np.random.default_rng([num_classes, image_size, test])
     n = 400 if test else 2000
     labels = rng.integers(num_classes, size=n)
@@ -824,9 +1010,9 @@ def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> 
 
 
 def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
-    """Rows of the training half, the validation half and the held-out images: a random partition.
-    The held-out ones are the same for every seed, so that another script can test on them.
-    subsets: instead of halves, these two shares of every class (PC-DARTS §4.3)."""
+    """Return the rows of the training half, the validation half and the held-out images: a random
+    partition. The held-out ones are the same for every seed, so that another script can test on
+    them. subsets: instead of halves, these two shares of every class (PC-DARTS §4.3)."""
     n = len(labels)
     order = np.random.default_rng(0).permutation(n)
     held, rest = np.sort(order[:hold_out]), np.sort(order[hold_out:])
@@ -846,121 +1032,70 @@ class Stream:
     """Endless mini-batches of some rows of the images, shuffled without replacement and augmented.
 
     stream(step) is a pure function of (seed, name, step): x (N, 3, H, W), y (N,), rows (N,); of
-    several processes each has its own part of the batch.
+    several processes each has its own part of the batch. Raises BadInput.
     """
 
-    def __init__(self, data, rows, batch_size: int, seed: int, name: str, cutout=0):
+    def __init__(self, data: Images, rows, batch_size: int, seed: int, name: str, cutout=0):
+        n = batch_size // world_size()
         if batch_size > len(rows):
             raise BadInput(f"--batch-size {batch_size}: the {name} stream has {len(rows)} images")
-        if batch_size % world_size():
-            raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes")
-        self.data, self.rows, self.batch_size, self.cutout = data, rows, batch_size, cutout
+        if batch_size % world_size() or n < 2:
+            raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
+                           "with two images or more for each")
+        self.rows, self.batch_size, self.cutout = rows, batch_size, cutout
         self.key, self.order = (seed, zlib.crc32(name.encode())), (-1, None)
-        n = batch_size // world_size()
         self.part = slice(rank() * n, (rank() + 1) * n)
-        self.reader, self.next = None, -1
+        self.read, self.next = data.reader(), -1
 
     def epoch_steps(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
 
-    def _row(self, position: int) -> int:
+    def row(self, position: int) -> int:
         lap, k = divmod(position, len(self.rows))
         if lap != self.order[0]:
             self.order = lap, np.random.default_rng([*self.key, 0, lap]).permutation(self.rows)
         return self.order[1][k]
 
-    def draw(self, step: int):
-        """The rows of a step's whole batch, the generator of its augmentation, this part."""
+    def request(self, step: int) -> Request:
         first = step * self.batch_size
-        return (np.array([self._row(first + k) for k in range(self.batch_size)]),
-                np.random.default_rng([*self.key, 1, step]), self.part)
+        rows = np.array([self.row(first + k) for k in range(self.batch_size)])
+        return Request(rows, (*self.key, 1, step), self.part, self.cutout)
 
     def __call__(self, step: int):
-        if isinstance(self.data, ImageSet):
-            rows, rng, part = self.draw(step)
-            rows = torch.from_numpy(rows).to(self.data.device)
-            x, rows = self.data.batch(rows, rng, self.cutout, part), rows[part]
-            return x, self.data.labels[rows], rows
-        if step != self.next:
-            self.reader = read_ahead(self.data, self.draw, itertools.count(step))
+        if step != self.next:                                     # the first, or not in order
+            self.batches = self.read(map(self.request, itertools.count(step)))
         self.next = step + 1
-        return next(self.reader)
+        return next(self.batches)
 
 
-@dataclass
-class Reading(Dataset):
-    """What a reading process does: images i are those of draw(i), the arguments of read."""
-    data: ImageFiles
-    draw: Callable
-
-    def __getitem__(self, i):
-        rows, rng, part = self.draw(i)
-        try:
-            return self.data.read(rows, rng, part), rows[part]
-        except BadInput as error:
-            return error, None
-
-
-def read_ahead(data: ImageFiles, draw, order):
-    """x, y, rows of draw(i) for i in order, read by worker processes if there are any."""
-    answers = iter(DataLoader(Reading(data, draw), batch_size=None, sampler=order,
-                              num_workers=data.workers, pin_memory=torch.cuda.is_available(),
-                              worker_init_fn=apart, generator=torch.Generator()))
-    for x, rows in answers:                                       # rows are a tensor by now
-        if rows is None:
-            raise x
-        yield data.finish(x), data.labels[rows].to(data.device), rows.to(data.device)
-
-
-def apart(_):
-    """A worker in a process group of its own: a signal to the run's group is not for it."""
-    os.setpgrp()
-
-
-def batches(data, rows, batch_size: int):
-    """Each image of `rows` once, in order and as it is: x, y."""
-    parts = [np.asarray(rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
-    if isinstance(data, ImageSet):
-        for part in parts:
-            part = torch.from_numpy(part).to(data.device)
-            yield data.batch(part), data.labels[part]
-        return
-    draws = [(part, None, slice(None)) for part in parts]
-    for x, y, _ in read_ahead(data, draws.__getitem__, range(len(parts))):
+def batches(data: Images, rows, batch_size: int):
+    """Yield x, y of each image of `rows` once, in order and as it is."""
+    # the last image alone joins the batch before it: BatchNorm in training refuses one
+    parts = np.split(np.asarray(rows), range(batch_size, len(rows) - 1, batch_size))
+    for x, y, _ in data.plain(map(Request, parts)):
         yield x, y
 
 
 @torch.no_grad()
-def accuracies(predict, data, rows, batch_size: int, top=(1, 5)) -> list[float]:
-    """The shares of images `rows` whose label is among the k largest logits of predict(x), for
-    each k in top."""
-    rows, hits = np.asarray(rows), torch.zeros(len(top), device=data.device)
-    for x, y in batches(data, rows[rank()::world_size()], batch_size):
+def accuracies(predict, data: Images, rows, batch_size: int, top=(1,)) -> list[float]:
+    """Return the shares of images `rows` whose label is among the k largest logits of predict(x),
+    for each k in top."""
+    hits = torch.zeros(len(top), device=data.device)
+    for x, y in batches(data, np.asarray(rows)[rank()::world_size()], batch_size):
         found = predict(x).topk(min(max(top), len(data.classes)), 1).indices == y[:, None]
         hits += torch.stack([found[:, :k].sum() for k in top])
     if world_size() > 1:
         hits = reduce([hits])[0]
-    return (hits.double() / len(rows)).tolist()
-
-
-def accuracy(predict, data, rows, batch_size: int) -> float:
-    """The share of images `rows` whose largest logit, of predict(x), is their label's."""
-    return accuracies(predict, data, rows, batch_size, top=(1,))[0]
+    return [count / len(rows) for count in hits.tolist()]
 
 
 # ------------------------------------------------------------------------------------ command line
-
-
-class NotFinite(Exception):
-    """A loss, gradient or weight is NaN or infinite."""
-
-
-class Gone(Exception):
-    """Another process of the run has ended."""
+# Arguments, their defaults by base and data set, and what --resume may change. A new argument is
+# part of what makes a run what it is, unless MAY_CHANGE names it.
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from low to high."""
+    """Return an argparse type: an int or float from low to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
@@ -971,16 +1106,16 @@ def number(kind, low, high=math.inf):
 
 
 def dataset_name(text: str) -> str:
-    """An argparse type: the data sets of load_images."""
+    """Check a data set's name as an argparse type; the names are those of load_images."""
     name, colon, option = text.partition(":")
     known = name in ("cifar10", "cifar100", "imagenet", "folder", "synthetic") and not colon
     classes = name == "synthetic" and option.isascii() and option.isdigit()
     if known or (name == "folder" and option) or (classes and 2 <= int(option) <= 1000):
         return text
-    raise ValueError
+    raise argparse.ArgumentTypeError(f"{text!r} is no data set: cifar10, cifar100, imagenet, "
+                                     "folder[:DIR] or synthetic[:CLASSES]")
 
 
-dataset_name.__name__ = "data set (cifar10, cifar100, imagenet, folder[:DIR], synthetic[:CLASSES])"
 real, flag = number(float, 0), argparse.BooleanOptionalAction
 
 
@@ -988,6 +1123,13 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def reading_processes() -> int:
+    """Return how many processes read images by default: one for each core that this process may
+    use, shared with the others on the machine under torchrun; at most 8, as each holds batches."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def data_arguments(parser):
@@ -1000,12 +1142,12 @@ def data_arguments(parser):
     add("--hold-out", type=number(int, 0), default=0,
         help="training images kept for evaluate.py to test on; Skillearn's lambda study has 5000 "
              "(§3.2.4)")
-    add("--workers", type=number(int, 0), default=min(4, os.cpu_count()),
-        help="processes that read ImageNet's files")
+    add("--workers", type=number(int, 0), default=reading_processes(),
+        help="processes that read ImageNet's files for a stream; here by the cores")
 
 
 def search_arguments(parser):
-    """The arguments of every search: its images, its base and the supernets' training."""
+    """Add the arguments of every search: its images, its base and the supernets' training."""
     data_arguments(parser)
     add = parser.add_argument_group(
         "the base search; the defaults are its paper's (BASES), or the method's").add_argument
@@ -1065,7 +1207,8 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
 
 
 def search_recipe(chosen, changes: dict) -> dict:
-    """A base's defaults for chosen.dataset, with a method's own: base (or "all") -> defaults."""
+    """Return a base's defaults for chosen.dataset, with a method's own: base (or "all") ->
+    defaults."""
     recipe = BASES[chosen.base] | changes.get("all", {}) | changes.get(chosen.base, {})
     if chosen.dataset == "imagenet":
         recipe = recipe | IMAGENET | IMAGENET_BASES.get(chosen.base, {})
@@ -1082,9 +1225,9 @@ def search_recipe(chosen, changes: dict) -> dict:
 
 
 def check_search(args):
-    """Raises BadInput where a search's arguments do not go together."""
-    stages = {len(args.layers), len(args.candidates), len(args.skip_dropout)}
-    if len(stages) > 1:
+    """Raise BadInput where a search's arguments do not go together."""
+    lengths = {len(args.layers), len(args.candidates), len(args.skip_dropout)}
+    if len(lengths) > 1:
         raise BadInput("--layers, --candidates and --skip-dropout: give each one value per stage")
     if sorted(args.candidates, reverse=True) != args.candidates:
         raise BadInput(f"--candidates {' '.join(map(str, args.candidates))}: cannot grow")
@@ -1097,57 +1240,46 @@ def check_search(args):
         raise BadInput("--subsets: two shares above 0, together at most 1")
 
 
-def parse(parser, argv, method: str, recipe):
-    """The parsed arguments and, with --resume, the checkpoint to go on from.
-
-    recipe(chosen) gives the defaults that hang on --base, --dataset and --quick. --resume takes the
-    saved run's arguments, and an argument given with it must agree. Raises BadInput.
-    """
+def first_look(parser, argv):
+    """Return what the other arguments' defaults hang on: base, dataset and quick."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument("--base", choices=BASES, default=parser.get_default("base"))
     early.add_argument("--dataset", default=parser.get_default("dataset"))
     early.add_argument("--quick", action=flag, default=False)
     try:
-        chosen, _ = early.parse_known_args(argv)
+        return early.parse_known_args(argv)[0]
     except argparse.ArgumentError:                                # the parser itself says which
-        chosen = early.parse_args([])
-    parser.set_defaults(**recipe(chosen))
+        return early.parse_args([])
+
+
+def parse(parser, argv, method: str, recipe):
+    """Return the parsed arguments and, with --resume, the checkpoint to go on from.
+
+    recipe(chosen) gives the defaults that hang on what first_look returns. --resume takes the saved
+    run's arguments, and an argument given with it must agree. Raises BadInput.
+    """
+    parser.set_defaults(**recipe(first_look(parser, argv)))
     args = parser.parse_args(argv)
-    arch = Path(getattr(args, "arch", None) or "")
-    cell = arch.parent.name or arch.stem if arch.suffix == ".json" else arch.name
-    base = getattr(args, "base", "")
-    base = base if base != parser.get_default("base") else ""
-    words = (method, base, cell, *task_names(args), str(args.seed))
-    name = "-".join(word for word in words if word).replace(":", "").replace("/", "_")
-    args.out = args.out or Path("runs") / name
-    checkpoint = None
-    if args.resume:
-        checkpoint = read_checkpoint(args.out)
-        if checkpoint["method"] != method:
-            raise BadInput(f"--resume: {args.out} is a run of {checkpoint['method']}.py, not "
-                           f"{method}.py")
-        saved, out = checkpoint["args"], args.out
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        args.out = out
-        for name, value in plain(args).items():
-            if saved.get(name) != value and name not in WHERE:
-                raise BadInput(f"--resume: the run in {out} has {name} = {saved.get(name)!r}, not "
-                               f"{value!r}")
-        if checkpoint["world_size"] != int(os.environ.get("WORLD_SIZE", 1)):
-            raise BadInput(f"--resume: the run in {out} has world_size = "
-                           f"{checkpoint['world_size']}; start as many processes")
-    elif (not getattr(args, "count_params", False)                # which write nothing
-          and not getattr(args, "summary", None)
-          and args.out.exists() and (not args.out.is_dir() or any(
-              path.suffix != ".tmp" for path in args.out.iterdir()))):
-        raise BadInput(f"{args.out} is not an empty folder: give another --out, or --resume to go "
-                       "on from its checkpoint")
+    args.out = args.out or Path("runs") / run_name(method, args)
+    if not args.resume:
+        return args, None
+    checkpoint, out = read_checkpoint(args.out), args.out
+    if checkpoint["method"] != method:
+        raise BadInput(f"--resume: {out} is a run of {checkpoint['method']}.py, not {method}.py")
+    parser.set_defaults(**checkpoint["args"])
+    args = parser.parse_args(argv)
+    args.out = out
+    saved = checkpoint["args"] | {"world_size": checkpoint["world_size"]}
+    here = plain(args) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    for name, value in here.items():
+        if saved.get(name) != value and name not in MAY_CHANGE:
+            raise BadInput(f"--resume: the run in {out} has {name} = {saved.get(name)!r}, not "
+                           f"{value!r}")
     return args, checkpoint
 
 
 def parse_search(parser, argv, method: str, changes: dict):
-    """parse, for a search whose method changes its bases' defaults: base (or "all") -> defaults."""
+    """Parse for a search whose method changes its bases' defaults: base (or "all") -> defaults."""
     args, checkpoint = parse(parser, argv, method, lambda chosen: search_recipe(chosen, changes))
     check_search(args)
     return args, checkpoint
@@ -1157,39 +1289,65 @@ def task_names(args) -> list[str]:
     return getattr(args, "tasks", None) or [args.dataset]
 
 
-WHERE = ("data", "workers", "checkpoint_minutes", "tensorboard")    # what may change on --resume
+def run_name(method: str, args) -> str:
+    """Return the default name of a run's folder: the method, what differs from it, the seed."""
+    arch = Path(getattr(args, "arch", None) or "")
+    cell = arch.parent.name or arch.stem if arch.suffix == ".json" else arch.name
+    base = "" if getattr(args, "base", "") == "darts-2nd" else getattr(args, "base", "")
+    words = (method, base, cell, *task_names(args), str(args.seed))
+    return "-".join(word for word in words if word).replace(":", "").replace("/", "_")
+
+
+MAY_CHANGE = ("data", "workers", "checkpoint_minutes", "tensorboard")      # with --resume
 
 
 def plain(args) -> dict:
-    """The arguments that make a run what it is, and where its data is, as plain values."""
+    """Return the arguments that make a run what it is, and where its data is, as plain values."""
     here = ("out", "device", "resume", "quick", "log_every")
     return {k: str(v) if k == "data" else v for k, v in vars(args).items() if k not in here}
 
 
-def pick_device(args) -> torch.device:
-    """The device to compute on; under torchrun, this process's, among the others."""
+# -------------------------------------------------------------------------------------------- run
+# A run's process group, folder and place in its schedule; it knows no architecture. A change here
+# is held by the tests that kill a run at random times and compare every bit of what it ends with.
+
+
+def start(args) -> torch.device:
+    """Return the device to compute on; under torchrun join the other processes, of which rank 0
+    alone speaks and writes. Raises BadInput, where the run's folder is in use too."""
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = args.device
     if name == "auto":
         name = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
     if not has[name]:
         raise BadInput(f"--device {name}: torch sees no such device here")
+    device, several = torch.device(name), "RANK" in os.environ    # torchrun sets it
+    if several and name == "mps":
+        raise BadInput("--device mps: one process has it; several need cpu or cuda")
+    if several and name == "cuda":
+        device = torch.device(name, int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise BadInput(f"--nproc-per-node: here are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)
+    if name == "cuda" and args.amp != "off" and not torch.cuda.is_bf16_supported(False):
+        raise BadInput(f"--amp {args.amp}: this GPU only emulates bfloat16")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
+    torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if "RANK" not in os.environ:                                  # torchrun sets it
-        return torch.device(name)
-    device = torch.device(name, int(os.environ["LOCAL_RANK"]) if name == "cuda" else None)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    if rank():                                                    # rank 0 alone speaks and writes
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if several:                                                   # an hour: CIFAR may be downloaded
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=1),
+                                device_id=device if name == "cuda" else None)
+    if not args.resume and args.out.exists() and (not args.out.is_dir() or any(
+            path.suffix != ".tmp" for path in args.out.iterdir())):
+        raise BadInput(f"{args.out} is not an empty folder: give another --out, or --resume to go "
+                       "on from its checkpoint")
+    barrier()                                                     # all have seen the folder as is
+    if rank():
         sys.stdout = open(os.devnull, "w")                        # noqa: SIM115
     return device
-
-
-# ------------------------------------------------------------------------- the run and its folder
 
 
 def write(path: Path, content: str | bytes):
@@ -1203,58 +1361,60 @@ def write(path: Path, content: str | bytes):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if hasattr(os, "O_DIRECTORY"):                                # not on Windows
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+DAMAGE = (OSError, RuntimeError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error,
+          pickle.UnpicklingError)       # what reading a damaged checkpoint may raise
+
+
+def verify(path: Path):
+    """Compare the checksums of the zip archive that torch.save makes. Raises one of DAMAGE."""
+    if zipfile.ZipFile(path).testzip():
+        raise ValueError("its checksum is wrong")
 
 
 def write_checkpoint(folder: Path, content: dict):
-    """checkpoint.pt, with its SHA-256 as the comment of the zip archive that torch.save makes; the
-    one before it stays as checkpoint.previous.pt."""
+    """Write checkpoint.pt; the one before it stays as checkpoint.previous.pt."""
     if rank():
         return
-    buffer = io.BytesIO()
+    path, buffer = folder / "checkpoint.pt", io.BytesIO()
     torch.save(content, buffer)
-    body = buffer.getvalue()[:-2] + (64).to_bytes(2, "little")    # the comment's length
-    path = folder / "checkpoint.pt"
-    body += hashlib.sha256(body).hexdigest().encode()
-    write(folder / "checkpoint.new.pt", body)
-    if path.exists() and intact(path.read_bytes()):               # a damaged one takes no place
+    with contextlib.suppress(*DAMAGE):                            # a damaged one takes no place
+        verify(path)
         os.replace(path, folder / "checkpoint.previous.pt")
-    os.replace(folder / "checkpoint.new.pt", path)
-
-
-def intact(body: bytes) -> bool:
-    return hashlib.sha256(body[:-64]).hexdigest().encode() == body[-64:]
+    write(path, buffer.getvalue())
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """The newest good checkpoint of a run folder. Raises BadInput."""
+    """Return the newest good checkpoint of a run folder: weights and plain values, nothing else is
+    read. Raises BadInput."""
     problems = []
-    for name in ("checkpoint.pt", "checkpoint.new.pt", "checkpoint.previous.pt"):
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         path = folder / name
         try:
-            body = path.read_bytes()
-            if not intact(body):
-                raise ValueError("its checksum is wrong")
-            content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+            verify(path)
+            content = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(content, dict) or not {"method", "args", "run"} <= content.keys():
                 raise ValueError("it is no checkpoint of a run")
         except FileNotFoundError:
             problems += [f"there is no {path}"] if name == "checkpoint.pt" else []
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except DAMAGE as error:
             problems.append(f"{path} is damaged: {error}")
         else:
             if problems:
                 sys.stderr.write(f"{problems[0]}; going on from {path}\n")
             return content
-    raise BadInput("--resume: " + "; ".join(problems))
+    raise BadInput("; ".join(problems))
 
 
-def fingerprint(data) -> str:
-    """What tells one data set from another: its sizes, classes, labels and a sample of it."""
+def fingerprint(data: Images) -> str:
+    """Return what tells one data set from another: its sizes, classes, labels, some images."""
     rows = np.linspace(0, len(data.labels) - 1, 16).astype(int)
     seen = [str((len(data.labels), data.size, data.classes)).encode(),
             data.labels.cpu().numpy().tobytes(), data.pixels(rows).cpu().numpy().tobytes()]
@@ -1262,31 +1422,27 @@ def fingerprint(data) -> str:
 
 
 class Signals:
-    """SIGTERM and SIGINT end a run after its step, with a checkpoint; a second one, or a step that
-    takes longer than eight seconds more, ends it at once. Outside the steps there is nothing to
-    save."""
+    """SIGTERM and SIGINT end a run after its step, with a checkpoint; a second one ends it at once.
+    Outside the steps there is nothing to save."""
     number, stepping = 0, False
 
     @classmethod
     def receive(cls, number, frame):
-        if number == signal.SIGALRM:
-            sys.stderr.write("the step takes too long: the last checkpoint stays as it is\n")
-            os._exit(128 + cls.number)
-        if cls.number or not cls.stepping:
-            os._exit(128 + number) if cls.number else sys.exit(128 + number)
+        if cls.number:
+            os._exit(128 + number)
+        if not cls.stepping:
+            sys.exit(128 + number)
         cls.number = number
-        signal.alarm(8)
 
     @classmethod
     @contextlib.contextmanager
     def caught(cls):
-        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
+        numbers = signal.SIGTERM, signal.SIGINT
         before = [signal.signal(number, cls.receive) for number in numbers]
         cls.number, cls.stepping = 0, False
         try:
             yield
         finally:
-            signal.alarm(0)
             for number, handler in zip(numbers, before):
                 signal.signal(number, handler)
 
@@ -1294,15 +1450,15 @@ class Signals:
 class Run:
     """A run's folder and its place in the schedule: all that --resume needs beside the learners.
 
-    state: the stage; the step of the run that comes next; kept, the candidates of each edge; the
-    sums of this epoch's figures and the seconds spent on it; the lines of the epochs before; why
-    the search ended early, if it did.
+    state: the stage; the step of the run that comes next; the sums of this epoch's figures and the
+    seconds spent on it; the lines of the epochs before; why the run ended early, if it did.
+    more: plain values that the checkpoint is to hold for others.
     """
 
-    def __init__(self, method: str, args, checkpoint: dict | None, sets: list):
+    def __init__(self, method: str, args, checkpoint: dict | None, sets: list[Images], more=None):
         self.method, self.args, self.checkpoint = method, args, checkpoint
-        self.data = [fingerprint(data) for data in sets]
-        self.state = dict(stage=0, step=0, kept=ALL, sums={}, seconds=0.0, history=[], stopped=None)
+        self.data, self.more = [fingerprint(data) for data in sets], more or {}
+        self.state = dict(stage=0, step=0, sums={}, seconds=0.0, history=[], stopped=None)
         if checkpoint:
             if checkpoint["data"] != self.data:
                 raise BadInput(f"--resume: the data is not that of the run in {args.out}")
@@ -1318,20 +1474,11 @@ class Run:
         self.board = None
         if args.tensorboard and not rank():
             self.board = SummaryWriter(args.out, purge_step=self.state["step"])
-        self.due, self.new = False, True
+        self.new = True
 
-    def stages(self):
-        """The stages that are left; between two of them the candidates are pruned."""
-        args, state = self.args, self.state
-        while state["stage"] < len(args.layers) and not state["stopped"]:
-            yield state["stage"]
-            state["stage"] += 1
-            if state["stage"] < len(args.layers):
-                state["kept"] = prune(self.alphas, args.candidates[state["stage"]])
-
-    def load(self, parts: dict, alphas=None):
-        """Take a stage's learners, optimizers and alphas; a checkpoint's states go into them."""
-        self.parts, self.alphas = parts, alphas
+    def load(self, parts: dict):
+        """Take the learners and optimizers of a stage; a checkpoint's states go into them."""
+        self.parts = parts
         if self.checkpoint:
             try:
                 for name, part in parts.items():
@@ -1346,116 +1493,121 @@ class Run:
     def save(self):
         write_checkpoint(self.args.out, {
             "method": self.method, "args": plain(self.args), "data": self.data,
-            "world_size": world_size(), "run": self.state,
+            "world_size": world_size(), "run": self.state, **self.more,
             "parts": {name: part.state_dict() for name, part in self.parts.items()}})
-        self.saved, self.due = time.time(), False
+        self.saved = time.time()
 
-    def steps(self, epoch_steps: int):
-        """The steps that are left of the present stage: (epoch of the stage, step of the run).
-
-        After each the run is saved if an epoch or --checkpoint-minutes have passed, or if a signal
-        came, which ends it.
-        """
-        state, self.epoch_steps = self.state, epoch_steps
+    def epochs(self, epoch_steps: int):
+        """Yield the epochs that are left of the present stage; after each the run is saved."""
+        args, state, self.epoch_steps, self.done = self.args, self.state, epoch_steps, 0
         self.begin = self.lap = self.saved = time.time()
-        self.done = 0
-        Signals.stepping, stage_steps = True, self.args.epochs * epoch_steps
+        Signals.stepping, end = True, (state["stage"] + 1) * args.epochs * epoch_steps
         try:
-            while state["step"] < (state["stage"] + 1) * stage_steps and not state["stopped"]:
-                yield state["step"] % stage_steps // epoch_steps, state["step"]
-                state["step"] += 1
-                state["seconds"] += time.time() - self.lap
-                self.lap = time.time()
-                late = self.lap - self.saved > 60 * self.args.checkpoint_minutes
-                if self.due or late or (Signals.number and not rank()):
-                    self.save()
-                if Signals.number and not rank():
-                    sys.stderr.write(f"stopped after step {state['step']}; --resume goes on\n")
-                    sys.exit(128 + Signals.number)
+            while state["step"] < end and not state["stopped"]:
+                yield state["step"] // epoch_steps - state["stage"] * args.epochs
+                self.pause(save=True)
         finally:
             Signals.stepping = False
 
+    def steps(self):
+        """Yield the steps of the run that are left of the present epoch. Within it the run is saved
+        every --checkpoint-minutes; what is drawn in a step is a function of (seed, step, rank)."""
+        state = self.state
+        end = (state["step"] // self.epoch_steps + 1) * self.epoch_steps
+        while state["step"] < end:
+            seed_all(self.args.seed, state["step"], rank())
+            yield state["step"]
+            state["step"] += 1
+            state["seconds"] += time.time() - self.lap
+            self.lap = time.time()
+            if state["step"] < end:                               # else the validation comes first
+                self.pause(self.lap - self.saved > 60 * self.args.checkpoint_minutes)
+
+    def pause(self, save: bool):
+        """Save, if it is time or a signal came; end the run if one came."""
+        stop = Signals.number and not rank()
+        if save or stop:
+            self.save()
+        if stop:
+            sys.stderr.write(f"stopped after step {self.state['step']}; --resume goes on\n")
+            sys.exit(128 + Signals.number)
+
     def at(self, learner: str) -> str:
-        """Where the run is, for an error message."""
+        """Return where the run is, for an error message."""
         return f"{learner} (stage {self.state['stage'] + 1}, step {self.state['step'] + 1})"
 
-    def log(self, **figures: Tensor) -> bool:
-        """Add a step's figures to the epoch's sums and print them now and then. Returns whether
-        this was the epoch's last step."""
+    def log(self, **figures: Tensor):
+        """Add a step's figures to the epoch's sums and print them now and then."""
         args, state, i = self.args, self.state, self.state["step"] % self.epoch_steps + 1
-        values = torch.stack([value.detach().double() for value in figures.values()])
+        values = torch.stack([value.detach().float() for value in figures.values()])
         if world_size() > 1:
-            values = reduce([values.float()], 1 / world_size())[0]
-        for name, value in zip(figures, values.tolist()):
+            values = reduce([values], 1 / world_size())[0]
+        device, values = values.device, values.tolist()
+        for name, value in zip(figures, values):
             state["sums"][name] = state["sums"].get(name, 0.0) + value
             if self.board:
                 self.board.add_scalar(f"step/{name}", value, state["step"])
         self.done += 1
-        if self.new:
-            print(f"peak memory {peak_memory(values.device):.0f} MiB after the first step")
-            self.new = False
+        if self.new and (peak := peak_memory(device)):
+            print(f"peak memory {peak:.0f} MiB after the first step")
+        self.new = False
         if i % args.log_every == 0 or i == self.epoch_steps:
             spent = (time.time() - self.begin) / self.done
-            stages = len(getattr(args, "candidates", [0]))
-            left = stages * args.epochs * self.epoch_steps - state["step"] - 1
+            epochs = args.epochs * len(getattr(args, "candidates", [0]))
+            left = epochs * self.epoch_steps - state["step"] - 1
             words = "  ".join(f"{name.replace('_', ' ')} {value:.3f}"
-                              for name, value in zip(figures, values.tolist()))
-            print(f"epoch {state['step'] // self.epoch_steps + 1}/{stages * args.epochs} "
+                              for name, value in zip(figures, values))
+            print(f"epoch {state['step'] // self.epoch_steps + 1}/{epochs} "
                   f"step {i}/{self.epoch_steps}  {words}  {args.batch_size / spent:.1f} images/s  "
                   f"left {timedelta(seconds=round(spent * left))}", flush=True)
-        return i == self.epoch_steps
 
-    def end_epoch(self, **figures):
-        """Write what an epoch leaves behind: the line in the log, a search's cell and its drawing.
-        The checkpoint comes last, after the step, so that an interruption repeats what is here."""
-        args, state, alphas = self.args, self.state, self.alphas
+    def end_epoch(self, figures: dict | None = None, more: dict | None = None) -> list[dict]:
+        """Write an epoch's line to the log: the means of its steps, figures, and more that is not
+        printed. Returns the lines so far. The checkpoint comes after it, so that an interruption
+        repeats what is done here."""
+        args, state = self.args, self.state
         line = {"epoch": len(state["history"]) + 1}
         line |= {name: value / self.epoch_steps for name, value in state["sums"].items()}
-        line |= (architecture_report(alphas) if alphas else {}) | figures
+        line |= figures or {}
         for name, value in line.items():
             if not math.isfinite(value):
-                raise NotFinite(self.at(f"{name} is {value}: the run"))
+                raise NotFinite(f"{name} is {value} after epoch {line['epoch']}")
         line["seconds"] = state["seconds"] + time.time() - self.lap
-        if alphas and 0 < args.stop_at_skips <= line["skip_connections"]:
-            state["stopped"] = (f"the normal cell has {line['skip_connections']} skip connections, "
-                                f"--stop-at-skips is {args.stop_at_skips}")
-            print("the search ends here:", state["stopped"])
         print(" ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True)
         for name, value in line.items() if self.board else ():
-            self.board.add_scalar(f"epoch/{name}", value, state["step"])
-        line |= {"stopped": state["stopped"]} if state["stopped"] else {}
-        if alphas:
-            line["mean_weights"] = mean_weights(alphas)
-        self.lap, self.due = time.time(), True
+            self.board.add_scalar(f"epoch/{name}", value, state["step"] - 1)
+        if state["stopped"]:
+            line["stopped"] = state["stopped"]
+            print("the search ends here:", state["stopped"])
+        line |= more or {}
+        self.lap = time.time()
         state |= dict(sums={}, seconds=0.0, history=[*state["history"], line])
         write(args.out / "log.jsonl", "".join(json.dumps(each) + "\n" for each in
                                               state["history"]))
-        if alphas:
-            cell, title = decode(alphas, args.max_skips), f"{args.out.name}, epoch {line['epoch']}"
-            write(args.out / "genotype.json", to_json(cell))
-            write(args.out / "cells.svg", to_svg(cell, title))
-            weights = [line["mean_weights"] for line in state["history"]]
-            write(args.out / "weights.svg", weights_svg(weights, title))
+        return state["history"]
 
-    def picture(self, name: str, rows: dict, size: int = 96):
-        """Write a PNG of an epoch into the run's folder; rows, size: draw_pictures'."""
+    def picture(self, name: str, rows: dict, size: int = 96, keep: bool = False):
+        """Write NAME.png, or to keep all epochs' NAME-EPOCH.png; rows, size: draw_pictures'."""
         canvas, content = draw_pictures(rows, size), io.BytesIO()
         canvas.save(content, "PNG")
-        write(self.args.out / name, content.getvalue())
+        epoch = f"-{len(self.state['history'])}" if keep else ""
+        write(self.args.out / f"{name}{epoch}.png", content.getvalue())
         if self.board:
-            self.board.add_image(name, np.asarray(canvas), self.state["step"], dataformats="HWC")
+            self.board.add_image(f"{name}.png", np.asarray(canvas), self.state["step"] - 1,
+                                 dataformats="HWC")
 
 
 def peak_memory(device) -> float:
-    """The largest memory so far, in MiB: a GPU's by torch, else the process's."""
+    """Return the largest memory so far, in MiB: a GPU's by torch, else the process's; 0 where the
+    system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 20
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20 if resource else 0.0
 
 
 def print_next(args):
-    """Where a search's cell is, and the commands that evaluate it."""
+    """Print where a search's cell is, and the commands that evaluate it."""
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     for dataset in task_names(args):
         parts = ["python evaluate.py --arch", shlex.quote(f"{args.out}/genotype.json"),
@@ -1470,7 +1622,8 @@ def print_next(args):
 
 
 def draw_pictures(rows: dict, size: int) -> Image.Image:
-    """A picture of rows of images, `size` pixels each, under their titles and over their captions.
+    """Return a picture of rows of images, `size` pixels each, under their titles and over their
+    captions.
 
     rows: title -> list of (image (3, H, W) uint8, caption).
     """
@@ -1491,10 +1644,11 @@ def draw_pictures(rows: dict, size: int) -> Image.Image:
 
 
 def run(main, argv=None):
-    """main(argv), where bad input ends in one line and exit code 2, and what goes wrong later in
-    one line and exit code 1."""
+    """Run main(argv), where bad input ends in one line and exit code 2, and what goes wrong later
+    in one line and exit code 1."""
     def end(code, message):
-        if code == 1 or os.environ.get("RANK", "0") == "0":
+        # what all processes refuse alike, rank 0 says; what happens in a run, whoever met it
+        if code == 1 or dist.is_initialized() or os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
         sys.exit(Signals.number + 128 if Signals.number else code)
 

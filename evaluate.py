@@ -23,9 +23,28 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.ops import stochastic_depth
+from torchvision.transforms import v2
 
 import darts_ops as ops
 import genotypes
+
+# ------------------------------------------------------------------------------------ the network
+
+
+def operation(name: str, C: int, stride: int) -> nn.Module:
+    """Return an operation on one edge (DARTS §3.1.1)."""
+    if name == "max_pool_3x3":
+        return nn.MaxPool2d(3, stride, 1)
+    if name == "avg_pool_3x3":
+        return nn.AvgPool2d(3, stride, 1, count_include_pad=False)
+    if name == "skip_connect":
+        return (nn.Identity() if stride == 1 else
+                nn.Sequential(nn.ReLU(), ops.FactorizedReduce(C, C, affine=True)))
+    kernel = int(name[-1])
+    if name.startswith("sep_conv"):
+        return nn.Sequential(nn.ReLU(), ops.SeparableConv(C, kernel, stride, affine=True),
+                             nn.ReLU(inplace=True), ops.SeparableConv(C, kernel, affine=True))
+    return nn.Sequential(nn.ReLU(), ops.SeparableConv(C, kernel, stride, 2, affine=True))
 
 
 class Cell(nn.Module):
@@ -37,9 +56,8 @@ class Cell(nn.Module):
         self.preprocess0 = ops.preprocess(C_prev_prev, C, reduction_prev, affine=True)
         self.preprocess1 = ops.preprocess(C_prev, C, affine=True)
         self.inputs = [state for _, state in edges]
-        self.ops = nn.ModuleList(
-            ops.operation(name, C, 2 if reduction and state < 2 else 1, affine=True)
-            for name, state in edges)
+        self.ops = nn.ModuleList(operation(name, C, 2 if reduction and state < 2 else 1)
+                                 for name, state in edges)
 
     def forward(self, s0, s1, drop_path):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
@@ -55,31 +73,38 @@ class Cell(nn.Module):
 
 
 def auxiliary_head(C, num_classes, size):
-    """A second classifier on the features after the second reduction and its ReLU, for training
-    only."""
-    # 8 pixels (CIFAR) and 7 (ImageNet) pool to 2 x 2 with the published windows
-    pool = (nn.AvgPool2d(5, size - 5, count_include_pad=False) if size in (7, 8)
-            else nn.AdaptiveAvgPool2d(2))
+    """Return a second classifier, for training only, on the features after the second reduction and
+    its ReLU, of size (H, W)."""
+    if min(size) < 2:
+        raise ops.BadInput("--image-size: the last maps are one pixel wide; --no-auxiliary trains "
+                           "without the auxiliary head")
+    # two windows a side: the published ones at 8 pixels (CIFAR) and 7 (ImageNet), elsewhere those
+    # of AdaptiveAvgPool2d(2), which has no deterministic gradient on a GPU
+    window, stride = zip(*[(5, n - 5) if n in (7, 8) else ((n + 1) // 2, n // 2) for n in size])
     return nn.Sequential(
-        pool, nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
-        nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
+        nn.AvgPool2d(window, stride), nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128),
+        nn.ReLU(), nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
         nn.Linear(768, num_classes))
 
 
 class Network(nn.Module):
     """Stacked cells, reductions at 1/3 and 2/3. x (N, 3, H, W) -> logits and, in training with an
-    auxiliary head, its logits, else None. imagenet: three convolutions of stride 2 come first."""
+    auxiliary head, its logits, else None.
+
+    imagenet: three convolutions of stride 2 come first; size: (H, W) of the images; amp: compute in
+    bfloat16, which DataParallel's threads learn only from the module itself.
+    """
 
     def __init__(self, genotype, C, num_classes, layers, auxiliary=True, imagenet=False,
-                 image_size=32):
+                 size=(32, 32), amp=False):
         super().__init__()
-        self.drop_path, self.auxiliary_at = 0.0, 2 * layers // 3
+        self.drop_path, self.auxiliary_at, self.amp = 0.0, 2 * layers // 3, amp
         self.stem0, self.stem1, C_prev = ops.stem(C, imagenet)
         self.cells, C_prev_prev, reduction, self.auxiliary = nn.ModuleList(), C_prev, imagenet, None
-        size = -(-image_size // 8) if imagenet else image_size
+        size = [-(-n // 8) if imagenet else n for n in size]
         for i in range(layers):
             reduction_prev, reduction = reduction, i in (layers // 3, 2 * layers // 3)
-            C, size = (2 * C, -(-size // 2)) if reduction else (C, size)
+            C, size = (2 * C, [-(-n // 2) for n in size]) if reduction else (C, size)
             cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
             self.cells.append(cell)
             C_prev_prev, C_prev = C_prev, len(cell.concat) * C
@@ -88,25 +113,28 @@ class Network(nn.Module):
         self.classifier = nn.Linear(C_prev, num_classes)
 
     def forward(self, x):
-        s0 = self.stem0(x)
-        s1, auxiliary = self.stem1(s0), None
-        for i, cell in enumerate(self.cells):
-            out = cell(s0, s1, self.drop_path)
-            s0, s1 = s1, F.relu(out)
-            if i == self.auxiliary_at and self.auxiliary is not None and self.training:
-                auxiliary = self.auxiliary(s1)
-        return self.classifier(out.mean((2, 3))), auxiliary
+        with ops.autocast(x.device, self.amp):
+            s0 = self.stem0(x)
+            s1, auxiliary = self.stem1(s0), None
+            for i, cell in enumerate(self.cells):
+                out = cell(s0, s1, self.drop_path)
+                s0, s1 = s1, F.relu(out)
+                if i == self.auxiliary_at and self.auxiliary is not None and self.training:
+                    auxiliary = self.auxiliary(s1)
+            return self.classifier(out.mean((2, 3))), auxiliary
 
 
 def count_params(network: Network) -> float:
-    """Millions of parameters, the auxiliary head left out."""
+    """Return millions of parameters, the auxiliary head left out."""
     return sum(p.numel() for name, p in network.named_parameters()
                if not name.startswith("auxiliary.")) / 1e6
 
 
-IMAGENET = dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5, warm_up=5,
-                decay="linear", weight_decay=3e-5, label_smoothing=0.1, cutout=0, drop_path=0.0,
-                image_size=224)                                # Skillearn §3.2.2, P-DARTS §4.3
+# -------------------------------------------------------------------------------------- arguments
+
+RECIPE_IMAGENET = dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5,
+                       warm_up=5, decay="linear", weight_decay=3e-5, label_smoothing=0.1, cutout=0,
+                       drop_path=0.0, image_size=224)          # Skillearn §3.2.2, P-DARTS §4.3
 QUICK = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4, batch_size=50,
              cutout=4, log_every=10)
 
@@ -144,27 +172,33 @@ def get_args(argv=None):
         help="rate that drop-path rises to, linearly over the epochs; else 0.3 for the published "
              "P-DARTS and PC-DARTS cells, 0.2 for others")
     ops.run_arguments(parser, 50, "off or bf16", ("off", "bf16"))
-    return ops.parse(parser, argv, "evaluate", lambda chosen: (
-        (IMAGENET if chosen.dataset == "imagenet" else {}) | (QUICK if chosen.quick else {})))
+    args, checkpoint = ops.parse(parser, argv, "evaluate", lambda chosen: (
+        (RECIPE_IMAGENET if chosen.dataset == "imagenet" else {})
+        | (QUICK if chosen.quick else {})))
+    if not args.arch and not args.summary:
+        raise ops.BadInput("--arch: name a cell to evaluate")
+    if args.cutout and args.dataset == "imagenet":
+        raise ops.BadInput("--cutout: not for the images of imagenet")
+    return args, checkpoint
 
 
-def search_of(arch: str) -> dict:
-    """What found a cell that lies in the run folder of a search: the search's name in the papers'
-    tables, its arguments but the seed, its seconds. Of other cells, their name."""
-    try:
-        found = ops.read_checkpoint(Path(arch).parent) if arch.endswith(".json") else None
-    except ops.BadInput:
-        found = None
-    if not found or found["method"] == "evaluate":
-        return {"cell": "random" if arch.startswith("random:") else arch, "search": {}}
-    search = {k: v for k, v in found["args"].items() if k != "seed" and k not in ops.WHERE}
-    return {"cell": genotypes.row(found["method"], search), "search": search,
-            "search_seconds": sum(line["seconds"] for line in found["run"]["history"])}
+# ------------------------------------------------------------------------------- the three programs
+
+
+def count_parameters(args):
+    """Print the parameter count of a cell's network, without the auxiliary head, as JSON."""
+    classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
+    if classes is None:
+        raise ops.BadInput(f"--count-params: the classes of {args.dataset} are not fixed")
+    network = Network(genotypes.load(args.arch), args.channels, classes, args.layers, False,
+                      args.dataset == "imagenet")
+    print(json.dumps({"arch": args.arch, "dataset": args.dataset,
+                      "params_M": round(count_params(network), 3)}))
 
 
 def summary(folders: list[Path]) -> str:
-    """A Markdown table of the results in run folders or in the folders they lie in: a line per
-    data set, network, cell or search and its settings, whose seeds it takes together."""
+    """Return a Markdown table of the results in run folders or in the folders they lie in: a line
+    per data set, network, cell or search and its settings, whose seeds it takes together."""
     groups = {}
     for folder in folders:
         files = sorted(folder.rglob("result.json"))
@@ -175,9 +209,10 @@ def summary(folders: list[Path]) -> str:
                 r = json.loads(file.read_text())
                 network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
                 setting = r["search"] | {f"evaluate {k}": v for k, v in r["training"].items()}
+                line = (r["test_error"] + 0.0, r["params_M"] + 0.0, r["dataset"],
+                        r.get("search_seconds"))
                 key = r["data"], network, r["cell"], json.dumps(setting, sort_keys=True)
-                groups.setdefault(key, []).append(r)
-                r["test_error"] + r["params_M"], r["dataset"]
+                groups.setdefault(key, []).append(line)
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
                                    ) from None
@@ -187,46 +222,21 @@ def summary(folders: list[Path]) -> str:
         others = [json.loads(k[3]) for k in groups if k[:3] == (data, network, cell)]
         changed = [f", {k} {v}" for k, v in json.loads(setting).items()
                    if any(other.get(k) != v for other in others)]
-        errors, spread = [r["test_error"] for r in runs], ""
-        if len(runs) > 1:
-            spread = f" ± {statistics.stdev(errors):.2f}"
-        days = [r["search_seconds"] / 86400 for r in runs if "search_seconds" in r]
+        errors, params, datasets, seconds = zip(*runs)
+        spread = f" ± {statistics.stdev(errors):.2f}" if len(runs) > 1 else ""
+        days = [s / 86400 for s in seconds if s is not None]
         lines.append("| " + " | ".join((
             cell + "".join(changed), data, network, f"{statistics.mean(errors):.2f}{spread}",
-            f"{len(runs)}", f"{statistics.mean(r['params_M'] for r in runs):.3g}",
+            f"{len(runs)}", f"{statistics.mean(params):.3g}",
             f"{statistics.mean(days):.2g}" if days else "-",
-            genotypes.paper_error(cell, runs[0]["dataset"]))) + " |")
+            genotypes.paper_error(cell, datasets[0]))) + " |")
     return "\n".join(lines)
 
 
-def learning_rate(args, epoch: int) -> float:
-    """Of an epoch: rising for --warm-up epochs, decaying to 0 after them as if there were none."""
-    if epoch < args.warm_up:
-        return args.lr * (epoch + 1) / args.warm_up
-    if args.decay == "linear":
-        return args.lr * (1 - epoch / args.epochs)
-    return ops.cosine(args.lr, 0, epoch, args.epochs)
-
-
-def main(argv=None):
-    args, checkpoint = get_args(argv)
-    if args.summary:
-        print(summary(args.summary))
-        return
-    if not args.arch:
-        raise ops.BadInput("--arch: name a cell to evaluate")
+def train(args, checkpoint):
+    """Train a cell's network and test it once, after the last epoch: result.json."""
     genotype, imagenet = genotypes.load(args.arch), args.dataset == "imagenet"
-    if args.count_params:
-        classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
-        if classes is None:
-            raise ops.BadInput(f"--count-params: the classes of {args.dataset} are not fixed")
-        params = count_params(Network(genotype, args.channels, classes, args.layers, False,
-                                      imagenet))
-        print(json.dumps({"arch": args.arch, "dataset": args.dataset,
-                          "params_M": round(params, 3)}))
-        return
-
-    device = ops.pick_device(args)
+    device = ops.start(args)
     data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
     *halves, held = ops.split_rows(data.labels, args.seed, args.hold_out)
     rows = np.sort(np.concatenate(halves))
@@ -239,11 +249,14 @@ def main(argv=None):
             raise ops.BadInput("the test folder's classes are not the training folder's")
         test_data.mean, test_data.std = data.mean, data.std
         test_rows = range(len(test_data.labels))
-    run = ops.Run("evaluate", args, checkpoint, [data])
+    network_args = dict(C=args.channels, num_classes=len(data.classes), layers=args.layers,
+                        auxiliary=args.auxiliary, imagenet=imagenet, size=list(data.size))
+    run = ops.Run("evaluate", args, checkpoint, [data], {
+        "network": network_args, "genotype": genotypes.to_json(genotype), "classes": data.classes,
+        "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()})
 
     torch.manual_seed(args.seed)
-    network = model = ops.place(Network(genotype, args.channels, len(data.classes), args.layers,
-                                        args.auxiliary, imagenet, data.size[0]), device)
+    network = model = ops.place(Network(genotype, **network_args, amp=args.amp == "bf16"), device)
     if dist.is_initialized():
         model = nn.parallel.DistributedDataParallel(
             network, [device] if device.type == "cuda" else None)
@@ -253,35 +266,38 @@ def main(argv=None):
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay)
     drop_path = args.drop_path
     if drop_path is None:
-        known = args.arch in genotypes.PUBLISHED
-        drop_path = 0.3 if known and ("PDARTS" in args.arch or "PC_DARTS" in args.arch) else 0.2
+        known = genotypes.PUBLISHED.get(args.arch)
+        drop_path = known.drop_path if known else 0.2
     run.load({"network": network, "optimizer": optimizer})
     params = count_params(network)
     print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
+    if len(run.state["history"]) == args.epochs:
+        print("this run has been trained to its end; it is tested again")
 
-    for epoch, step in run.steps(stream.epoch_steps()):
+    for epoch in run.epochs(stream.epoch_steps()):
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         network.drop_path = drop_path * epoch / args.epochs
-        x, y, _ = stream(step)
-        ops.seed_all(args.seed, step, ops.rank())                 # drop-path draws from here
-        with ops.autocast(device, args.amp == "bf16"):
+        for step in run.steps():
+            x, y, _ = stream(step)
             logits, auxiliary = model(x)
-            loss = total = F.cross_entropy(logits, y, label_smoothing=args.label_smoothing)
+            loss = total = cross_entropy(logits, y, args.label_smoothing)
             if auxiliary is not None:
-                total = loss + args.auxiliary_weight * F.cross_entropy(
-                    auxiliary, y, label_smoothing=args.label_smoothing)
-        total.backward()                                          # averaged by the wrapper
-        ops.descend(optimizer, weights, [w.grad for w in weights], args.grad_clip,
-                    run.at("the network"), total)
-        if run.log(train_loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean()):
-            run.end_epoch()
+                total = loss + args.auxiliary_weight * cross_entropy(auxiliary, y,
+                                                                     args.label_smoothing)
+            with ops.together():
+                total.backward()                                  # averaged by the wrapper
+            ops.descend(optimizer, [w.grad for w in weights], run.at("the network"), total,
+                        args.grad_clip)
+            run.log(train_loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean())
+        run.end_epoch()
 
-    ops.evaluating(network)
-    with ops.autocast(device, args.amp == "bf16"):
-        top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size)
+    with ops.evaluating(network):
+        top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size,
+                                    top=(1, 5))
     history = run.state["history"]
     where = args.data.name if args.dataset == "folder" else args.dataset
-    training = {k: v for k, v in ops.plain(args).items() if k not in ("arch", "seed", *ops.WHERE)}
+    training = {k: v for k, v in ops.plain(args).items()
+                if k not in ("arch", "seed", *ops.MAY_CHANGE)}
     result = {"arch": args.arch, **search_of(args.arch), "dataset": args.dataset, "data": where,
               "test_error": round(100 * (1 - top1), 4), "top5_error": round(100 * (1 - top5), 4),
               "test_images": len(test_rows), "params_M": round(params, 3), "layers": args.layers,
@@ -291,6 +307,74 @@ def main(argv=None):
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     print(f"test error {100 * (1 - top1):.2f}% (top 5: {100 * (1 - top5):.2f}%) after the last "
           f"epoch, on {len(test_rows)} images; {args.out}/result.json")
+
+
+def cross_entropy(logits, y, label_smoothing):
+    return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)    # of bfloat16 too
+
+
+def learning_rate(args, epoch: int) -> float:
+    """Return an epoch's: rising for --warm-up epochs, decaying to 0 after them as if there were
+    none."""
+    if epoch < args.warm_up:
+        return args.lr * (epoch + 1) / args.warm_up
+    if args.decay == "linear":
+        return args.lr * (1 - epoch / args.epochs)
+    return ops.cosine(args.lr, 0, epoch, args.epochs)
+
+
+def search_of(arch: str) -> dict:
+    """Return what found a cell that lies in the run folder of a search: the search's name in the
+    papers' tables, its arguments but the seed, its seconds. Of other cells, their name."""
+    try:
+        found = ops.read_checkpoint(Path(arch).parent) if arch.endswith(".json") else None
+    except ops.BadInput:
+        found = None
+    if not found or found["method"] == "evaluate":
+        return {"cell": "random" if arch.startswith("random:") else arch, "search": {}}
+    search = {k: v for k, v in found["args"].items() if k != "seed" and k not in ops.MAY_CHANGE}
+    return {"cell": genotypes.row(found["method"], search), "search": search,
+            "search_seconds": sum(line["seconds"] for line in found["run"]["history"])}
+
+
+# ------------------------------------------------------------------------------- for your own code
+
+
+def load(folder, device="cpu"):
+    """Return a trained network in evaluation mode on a device, its classes' names, and the
+    transform that its images take: from a PIL image or a uint8 tensor (3, H, W) to its input.
+
+        network, classes, transform = evaluate.load("runs/evaluate-LPT_PDARTS-cifar100-1")
+        logits, _ = network(transform(image)[None])               # (1, classes)
+        print(classes[logits.argmax()])
+
+    Reads weights and plain values alone, their checksums compared. Raises BadInput.
+    """
+    saved = ops.read_checkpoint(Path(folder))
+    if saved["method"] != "evaluate":
+        raise ops.BadInput(f"{folder} is a run of {saved['method']}.py, not evaluate.py")
+    genotype = genotypes.validate(json.loads(saved["genotype"]), str(folder))
+    network = Network(genotype, **saved["network"])
+    network.load_state_dict(saved["parts"]["network"])
+    size = saved["network"]["size"]
+    resize = ([round(size[0] * 256 / 224)] if saved["network"]["imagenet"] else [min(size)])
+    transform = v2.Compose([v2.ToImage(), v2.Resize(resize), v2.CenterCrop(size),
+                            v2.ToDtype(torch.float32, scale=True),
+                            v2.Normalize(saved["mean"], saved["std"])])
+    return ops.place(network, device).eval(), saved["classes"], transform
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    args, checkpoint = get_args(argv)
+    if args.summary:
+        print(summary(args.summary))
+    elif args.count_params:
+        count_parameters(args)
+    else:
+        train(args, checkpoint)
 
 
 if __name__ == "__main__":

@@ -21,134 +21,147 @@ PRIMITIVES = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
 SHORT = dict(zip(["none", "max", "avg", "skip", "sep3", "sep5", "dil3", "dil5"], PRIMITIVES))
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+# drop_path: the rate that its network is trained to the end with
+Published = namedtuple("Published", "source normal reduce drop_path", defaults=[0.2])
 
 
 class BadInput(Exception):
     """The user's input cannot be used; the message is one line that says why."""
 
 
-# name: (source, normal cell, reduction cell); nodes 2 | 3 | 4 | 5, all four concatenated. The LPT
-# cells were published with the authors' code; tables are those of Skillearn. LPT_PDARTS is the cell
-# of Tables 7 (CIFAR-100) and 9 (ImageNet).
+# Nodes 2 | 3 | 4 | 5, all four concatenated. The LPT cells were published with the authors' code;
+# tables are those of Skillearn. LPT_PDARTS is the cell of Tables 7 (CIFAR-100) and 9 (ImageNet).
 PUBLISHED = {
-    "DARTS_V1": (
+    "DARTS_V1": Published(
         "DARTS 1st order (Liu et al. 2019)",
         "sep3:1 sep3:0 | skip:0 sep3:1 | skip:0 sep3:1 | sep3:0 skip:2",
         "max:0 max:1 | skip:2 max:0 | max:0 skip:2 | skip:2 avg:0"),
-    "DARTS_V2": (
+    "DARTS_V2": Published(
         "DARTS 2nd order (Liu et al. 2019)",
         "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:1 skip:0 | skip:0 dil3:2",
         "max:0 max:1 | skip:2 max:1 | max:0 skip:2 | skip:2 max:1"),
-    "PDARTS": (
+    "PDARTS": Published(
         "P-DARTS CIFAR-10 (Chen et al. 2019)",
         "skip:0 dil3:1 | skip:0 sep3:1 | sep3:1 sep3:3 | sep3:0 dil5:4",
-        "avg:0 sep5:1 | sep3:0 dil5:2 | max:0 dil3:1 | dil3:1 dil5:3"),
-    "PC_DARTS_cifar": (
+        "avg:0 sep5:1 | sep3:0 dil5:2 | max:0 dil3:1 | dil3:1 dil5:3", 0.3),
+    "PC_DARTS_cifar": Published(
         "PC-DARTS CIFAR-10 (Xu et al. 2020)",
         "sep3:1 skip:0 | sep3:0 dil3:1 | sep5:0 sep3:1 | avg:0 dil3:1",
-        "sep5:1 max:0 | sep5:1 sep5:2 | sep3:0 sep3:3 | sep3:1 sep3:2"),
-    "PC_DARTS_image": (
+        "sep5:1 max:0 | sep5:1 sep5:2 | sep3:0 sep3:3 | sep3:1 sep3:2", 0.3),
+    "PC_DARTS_image": Published(
         "PC-DARTS ImageNet (Xu et al. 2020)",
         "skip:1 sep3:0 | sep3:0 skip:1 | sep3:1 sep3:3 | sep3:1 dil5:4",
-        "sep3:0 skip:1 | dil5:2 max:1 | sep3:2 sep3:1 | sep5:0 sep3:3"),
-    "LPT_DARTS_1ST_R18_CIFAR100": (
+        "sep3:0 skip:1 | dil5:2 max:1 | sep3:2 sep3:1 | sep5:0 sep3:3", 0.3),
+    "LPT_DARTS_1ST_R18_CIFAR100": Published(
         "LPT-R18-DARTS-1st, CIFAR-100; authors' DARTS_CIFAR100_TS_1ST",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
         "avg:0 avg:1 | skip:2 avg:0 | skip:2 avg:0 | skip:2 avg:0"),
-    "LPT_DARTS_R18_CIFAR100": (
+    "LPT_DARTS_R18_CIFAR100": Published(
         "LPT-R18-DARTS-2nd, CIFAR-100; authors' DARTS_CIFAR100_TS_18",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
         "avg:0 skip:1 | avg:0 skip:2 | avg:0 skip:2 | skip:2 avg:0"),
-    "LPT_DARTS_R50_CIFAR100": (
+    "LPT_DARTS_R50_CIFAR100": Published(
         "LPT-R50-DARTS-2nd, CIFAR-100; authors' DARTS_CIFAR100_TS_50",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 dil3:1 | skip:0 dil3:1",
         "max:1 max:0 | max:0 dil5:2 | skip:2 max:0 | skip:2 max:0"),
-    "LPT_DARTS_PLUS_R18_CIFAR100": (
+    "LPT_DARTS_PLUS_R18_CIFAR100": Published(
         "LPT-R18-DARTS+, CIFAR-100; authors' DARTS_CIFAR100_TS_18_ES",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | sep5:2 skip:0",
         "max:0 skip:1 | max:0 skip:2 | max:0 sep5:3 | max:0 skip:2"),
-    "LPT_PDARTS": (
+    "LPT_PDARTS": Published(
         "LPT-R18-P-DARTS, CIFAR-100; authors' PDARTS_TS_CIFAR100",
         "sep3:0 sep5:1 | skip:0 sep3:1 | sep3:0 skip:2 | sep3:0 sep3:1",
-        "dil3:0 avg:1 | dil3:1 sep5:2 | sep5:1 sep5:2 | avg:0 dil5:2"),
-    "LPT_PDARTS_R50_CIFAR100": (
+        "dil3:0 avg:1 | dil3:1 sep5:2 | sep5:1 sep5:2 | avg:0 dil5:2", 0.3),
+    "LPT_PDARTS_R50_CIFAR100": Published(
         "LPT-R50-P-DARTS, CIFAR-100; authors' PDARTS_TS_50_CIFAR100",
         "skip:0 dil5:1 | sep3:0 sep3:1 | max:0 skip:2 | sep3:0 sep3:1",
-        "avg:0 sep3:1 | avg:0 dil3:2 | avg:0 sep3:3 | avg:0 sep3:2"),
-    "LPT_DARTS_MINUS_R18_CIFAR100": (
+        "avg:0 sep3:1 | avg:0 dil3:2 | avg:0 sep3:3 | avg:0 sep3:2", 0.3),
+    "LPT_DARTS_MINUS_R18_CIFAR100": Published(
         "LPT-R18-DARTS-, CIFAR-100; authors' DARTS_MINUS_TS_CIFAR100_NEW",
         "sep3:0 sep3:1 | sep3:0 skip:1 | dil5:0 skip:1 | skip:0 skip:1",
         "sep3:0 sep5:1 | skip:2 avg:1 | skip:2 skip:3 | skip:2 skip:3"),
-    "LPT_DARTS_1ST_R18_CIFAR10": (
+    "LPT_DARTS_1ST_R18_CIFAR10": Published(
         "LPT-R18-DARTS-1st, CIFAR-10; authors' DARTS_CIFAR10_TS_1ST",
         "sep3:0 dil5:1 | skip:0 sep5:1 | skip:0 dil3:1 | skip:0 dil3:1",
         "max:0 max:1 | skip:2 max:0 | max:1 skip:2 | skip:2 skip:3"),
-    "LPT_DARTS_R18_CIFAR10": (
+    "LPT_DARTS_R18_CIFAR10": Published(
         "LPT-R18-DARTS-2nd, CIFAR-10; authors' DARTS_CIFAR10_TS_18_V2",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 dil5:1",
         "avg:0 avg:1 | avg:0 skip:2 | skip:2 avg:1 | avg:0 skip:2"),
-    "LPT_DARTS_R50_CIFAR10": (
+    "LPT_DARTS_R50_CIFAR10": Published(
         "LPT-R50-DARTS-2nd, CIFAR-10; authors' DARTS_CIFAR10_TS_50",
         "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:0 skip:1 | skip:0 dil3:1",
         "dil3:0 sep3:1 | max:0 skip:2 | skip:2 skip:3 | skip:2 skip:3"),
-    "LPT_DARTS_PLUS_R18_CIFAR10": (
+    "LPT_DARTS_PLUS_R18_CIFAR10": Published(
         "LPT-R18-DARTS+, CIFAR-10; authors' DARTS_CIFAR10_TS_18_ES",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 sep5:1",
         "avg:0 avg:1 | avg:0 skip:2 | skip:2 max:0 | avg:0 skip:2"),
-    "LPT_DARTS_MINUS_R18_CIFAR10": (
+    "LPT_DARTS_MINUS_R18_CIFAR10": Published(
         "LPT-R18-DARTS-, CIFAR-10; authors' DARTS_MINUS_TS_CIFAR10_NEW",
         "sep3:1 sep3:0 | sep3:0 sep5:1 | sep3:0 skip:1 | skip:0 skip:1",
         "sep3:1 sep3:0 | skip:2 max:1 | skip:2 skip:3 | skip:2 skip:3"),
-    "LPT_PDARTS_R18_CIFAR10": (
+    "LPT_PDARTS_R18_CIFAR10": Published(
         "LPT-R18-P-DARTS, CIFAR-10; authors' PDARTS_TS_CIFAR10",
         "sep3:0 sep3:1 | sep3:0 dil3:2 | skip:0 dil3:3 | skip:2 dil5:4",
-        "avg:0 dil3:1 | avg:0 dil5:2 | skip:0 sep3:3 | sep3:0 dil3:2"),
-    "LPT_PC_DARTS_R18_IMAGENET": (
+        "avg:0 dil3:1 | avg:0 dil5:2 | skip:0 sep3:3 | sep3:0 dil3:2", 0.3),
+    "LPT_PC_DARTS_R18_IMAGENET": Published(
         "LPT-R18-PC-DARTS, ImageNet; authors' PCDARTS_TS_IMAGENET",
         "sep5:1 dil5:0 | sep3:0 sep3:1 | sep3:1 sep3:3 | sep5:1 sep5:3",
-        "sep3:0 sep3:1 | dil5:2 sep5:0 | max:2 dil5:3 | dil5:4 dil5:3"),
-    "LPT_PDARTS_CIFAR100_ABLATION_1": (
+        "sep3:0 sep3:1 | dil5:2 sep5:0 | max:2 dil5:3 | dil5:4 dil5:3", 0.3),
+    "LPT_PDARTS_CIFAR100_ABLATION_1": Published(
         "LPT-R18-P-DARTS, ablation 1, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_1",
         "dil3:0 sep3:1 | skip:0 sep3:2 | sep3:0 dil3:1 | sep3:0 sep3:3",
-        "skip:0 dil5:1 | avg:0 skip:1 | skip:0 sep5:2 | skip:0 sep3:1"),
-    "LPT_PDARTS_CIFAR100_ABLATION_2": (
+        "skip:0 dil5:1 | avg:0 skip:1 | skip:0 sep5:2 | skip:0 sep3:1", 0.3),
+    "LPT_PDARTS_CIFAR100_ABLATION_2": Published(
         "LPT-R18-P-DARTS, ablation 2, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_4",
         "sep3:0 dil3:1 | sep3:0 skip:1 | max:0 sep3:1 | skip:0 sep5:1",
-        "avg:0 skip:1 | avg:0 sep5:2 | avg:0 dil3:1 | avg:0 sep3:4"),
-    "LPT_DARTS_CIFAR10_ABLATION_1": (
+        "avg:0 skip:1 | avg:0 sep5:2 | avg:0 dil3:1 | avg:0 sep3:4", 0.3),
+    "LPT_DARTS_CIFAR10_ABLATION_1": Published(
         "LPT-R18-DARTS-2nd, ablation 1, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_1",
         "sep3:0 sep3:1 | skip:0 dil5:1 | skip:0 sep3:1 | skip:0 sep3:1",
         "max:0 dil5:1 | skip:2 max:0 | skip:2 avg:0 | skip:2 skip:3"),
-    "LPT_DARTS_CIFAR10_ABLATION_2": (
+    "LPT_DARTS_CIFAR10_ABLATION_2": Published(
         "LPT-R18-DARTS-2nd, ablation 2, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_4",
         "sep3:0 sep3:1 | skip:0 dil3:1 | sep3:0 sep3:1 | skip:0 sep3:1",
         "dil3:0 sep3:1 | skip:2 max:1 | skip:2 dil3:3 | skip:2 skip:4"),
 }
 
 
-# Test errors, % (mean +- sd), on CIFAR-100, CIFAR-10 and ImageNet, as printed in Skillearn's Tables
-# 7-11 and 17-19 and LeaSE's 2-4: by the rows' names, which row() gives a search too.
-PAPER = {name: dict(zip(("cifar100", "cifar10", "imagenet"), errors.split())) for name, errors in {
-    "DARTS-1st": "20.52±0.31 3.00±0.14 -", "DARTS-2nd": "20.58±0.44 2.76±0.09 26.7",
-    "DARTS-": "18.97±0.16 2.97±0.04 23.8", "DARTS+": "17.11±0.43 2.83±0.05 23.7",
-    "PC-DARTS": "17.96±0.15 2.57±0.07 24.2", "P-DARTS": "17.49 2.50 24.4",
-    "LPT-R18-DARTS-1st": "19.11±0.11 2.85±0.09 -",
-    "LPT-R18-DARTS-2nd": "19.47±0.20 2.72±0.07 25.3",
-    "LPT-R50-DARTS-2nd": "18.40±0.16 2.68±0.02 -", "LPT-R18-DARTS-": "18.28±0.14 2.74±0.07 -",
-    "LPT-R18-DARTS+": "16.58±0.19 2.69±0.05 -", "LPT-R18-PC-DARTS": "17.04±0.05 2.65±0.17 23.4",
-    "LPT-R50-PC-DARTS": "16.97±0.21 - -", "LPT-R18-P-DARTS": "16.28±0.10 2.58±0.14 24.0",
-    "LPT-R50-P-DARTS": "16.38±0.07 - -", "LPT-R18-P-DARTS, ablation 1": "18.12±0.11 - -",
-    "LPT-R18-P-DARTS, ablation 2": "17.54±0.07 - -",
-    "LPT-R18-DARTS-2nd, ablation 1": "- 2.79±0.06 -",
-    "LPT-R18-DARTS-2nd, ablation 2": "- 2.75±0.03 -",
-    "IL-DARTS-2nd": "17.12±0.08 2.62±0.04 25.5", "IL-P-DARTS": "16.14±0.17 2.51±0.10 24.1",
-    "IL-PC-DARTS": "17.83±0.14 2.55±0.11 -", "JL-DARTS-2nd": "18.92±0.17 2.91±0.12 26.4",
-    "JL-P-DARTS": "17.67±0.31 2.63±0.12 25.0", "JL-PC-DARTS": "18.11±0.27 2.63±0.05 -",
-    "LeaSE-R18-DARTS-2nd": "19.26 2.62 24.7"}.items()}
+# Test errors, % (mean +- sd), as printed in Skillearn's Tables 7-11 and 17-19 and LeaSE's 2-4: by
+# the rows' names, which row() gives a search too.
+COLUMNS = ("cifar100", "cifar10", "imagenet")
+PAPER = {
+    "DARTS-1st":                     ("20.52±0.31", "3.00±0.14", "-"),
+    "DARTS-2nd":                     ("20.58±0.44", "2.76±0.09", "26.7"),
+    "DARTS-":                        ("18.97±0.16", "2.97±0.04", "23.8"),
+    "DARTS+":                        ("17.11±0.43", "2.83±0.05", "23.7"),
+    "PC-DARTS":                      ("17.96±0.15", "2.57±0.07", "24.2"),
+    "P-DARTS":                       ("17.49", "2.50", "24.4"),
+    "LPT-R18-DARTS-1st":             ("19.11±0.11", "2.85±0.09", "-"),
+    "LPT-R18-DARTS-2nd":             ("19.47±0.20", "2.72±0.07", "25.3"),
+    "LPT-R50-DARTS-2nd":             ("18.40±0.16", "2.68±0.02", "-"),
+    "LPT-R18-DARTS-":                ("18.28±0.14", "2.74±0.07", "-"),
+    "LPT-R18-DARTS+":                ("16.58±0.19", "2.69±0.05", "-"),
+    "LPT-R18-PC-DARTS":              ("17.04±0.05", "2.65±0.17", "23.4"),
+    "LPT-R50-PC-DARTS":              ("16.97±0.21", "-", "-"),
+    "LPT-R18-P-DARTS":               ("16.28±0.10", "2.58±0.14", "24.0"),
+    "LPT-R50-P-DARTS":               ("16.38±0.07", "-", "-"),
+    "LPT-R18-P-DARTS, ablation 1":   ("18.12±0.11", "-", "-"),
+    "LPT-R18-P-DARTS, ablation 2":   ("17.54±0.07", "-", "-"),
+    "LPT-R18-DARTS-2nd, ablation 1": ("-", "2.79±0.06", "-"),
+    "LPT-R18-DARTS-2nd, ablation 2": ("-", "2.75±0.03", "-"),
+    "IL-DARTS-2nd":                  ("17.12±0.08", "2.62±0.04", "25.5"),
+    "IL-P-DARTS":                    ("16.14±0.17", "2.51±0.10", "24.1"),
+    "IL-PC-DARTS":                   ("17.83±0.14", "2.55±0.11", "-"),
+    "JL-DARTS-2nd":                  ("18.92±0.17", "2.91±0.12", "26.4"),
+    "JL-P-DARTS":                    ("17.67±0.31", "2.63±0.12", "25.0"),
+    "JL-PC-DARTS":                   ("18.11±0.27", "2.63±0.05", "-"),
+    "LeaSE-R18-DARTS-2nd":           ("19.26", "2.62", "24.7"),
+}
 
 
 def row(method: str, args: dict) -> str:
-    """The name in the papers' tables of a search with these arguments."""
+    """Return the name in the papers' tables of a search with these arguments."""
     base = {"darts-": "DARTS-", "darts+": "DARTS+", "pcdarts": "PC-DARTS", "pdarts": "P-DARTS"}.get(
         args["base"], args["base"].replace("darts", "DARTS"))
     if method == "lpt":
@@ -162,16 +175,16 @@ def row(method: str, args: dict) -> str:
 
 
 def paper_error(cell: str, dataset: str) -> str:
-    """What the papers print for a row's name or for a published cell on the data it was found on;
-    "-" where they print nothing."""
+    """Return what the papers print for a row's name, or for a published cell on the data it was
+    found on; "-" where they print nothing."""
     if cell in PUBLISHED:
-        cell, _, found_on = PUBLISHED[cell][0].partition(";")[0].rpartition(", ")
+        cell, _, found_on = PUBLISHED[cell].source.partition(";")[0].rpartition(", ")
         dataset = dataset if found_on.lower().replace("-", "") == dataset else ""
-    return PAPER.get(cell, {}).get(dataset, "-")
+    return dict(zip(COLUMNS, PAPER.get(cell, ()))).get(dataset, "-")
 
 
 def parse(normal: str, reduce: str) -> Genotype:
-    """The genotype of two cells written as in PUBLISHED."""
+    """Return the genotype of two cells written as in PUBLISHED."""
     def edges(text):
         pairs = (edge.split(":") for edge in text.replace("|", " ").split())
         return [(SHORT[op], int(state)) for op, state in pairs]
@@ -179,7 +192,7 @@ def parse(normal: str, reduce: str) -> Genotype:
 
 
 def random_cell(seed: int) -> Genotype:
-    """A uniformly random cell: two different inputs per node and any operation but `none`."""
+    """Return a uniformly random cell: two different inputs per node, any operation but `none`."""
     rng = np.random.default_rng(seed)
 
     def edges():
@@ -189,7 +202,7 @@ def random_cell(seed: int) -> Genotype:
 
 
 def validate(cell: object, where: str) -> Genotype:
-    """The genotype in a decoded JSON value. Raises BadInput, naming `where`, if it is none."""
+    """Return the genotype in a decoded JSON value. Raises BadInput, naming `where`."""
     def check(ok, message):
         if not ok:
             raise BadInput(f"{where} is not a genotype: {message}")
@@ -210,17 +223,23 @@ def validate(cell: object, where: str) -> Genotype:
         check(isinstance(concat, list) and concat and len(set(map(str, concat))) == len(concat)
               and all(type(n) is int and 2 <= n < 2 + len(edges) // 2 for n in concat),
               f"{kind}_concat must list different nodes from 2 to {1 + len(edges) // 2}")
+        used = set(concat)
+        for i in reversed(range(len(edges))):
+            used |= {edges[i][1]} if 2 + i // 2 in used else set()
+        unused = [node for node in range(2, 2 + len(edges) // 2) if node not in used]
+        check(not unused, f"{kind} node {unused and unused[0]} reaches no output: it is neither in "
+                          f"{kind}_concat nor the input of a node that is")
     return Genotype(**{k: [tuple(e) if isinstance(e, list) else e for e in v]
                        for k, v in cell.items()})
 
 
 def load(arch: str) -> Genotype:
-    """The cell that `arch` names: a published name, `random:SEED` or a genotype.json file.
+    """Return the cell that `arch` names: a published name, `random:SEED` or a genotype.json file.
 
     Raises BadInput for an unknown name and for a file that cannot be read or is malformed.
     """
     if arch in PUBLISHED:
-        return parse(*PUBLISHED[arch][1:])
+        return parse(PUBLISHED[arch].normal, PUBLISHED[arch].reduce)
     kind, _, seed = arch.partition(":")
     if kind == "random":
         if not (seed.isascii() and seed.isdigit()):
@@ -242,7 +261,7 @@ def to_json(cell: Genotype) -> str:
 
 
 def to_text(cell: Genotype) -> str:
-    """The cell as one line per node."""
+    """Return the cell as one line per node."""
     lines = []
     for kind in ("normal", "reduce"):
         edges, concat = getattr(cell, kind), getattr(cell, f"{kind}_concat")
@@ -260,8 +279,8 @@ COLOURS = {"max_pool_3x3": "#b5651d", "avg_pool_3x3": "#c9971c", "skip_connect":
 
 
 def to_svg(cell: Genotype, title: str) -> str:
-    """The cell as a standalone SVG: states run down the diagonal, each a column (its output) and a
-    row (its inputs), and an operation sits where its input's column meets its node's row."""
+    """Return the cell as a standalone SVG: states run down the diagonal, each a column (its output)
+    and a row (its inputs); an operation sits where its input's column meets its node's row."""
     dx, dy, pill_w, pill_h, top = 124, 50, 104, 28, 78
     parts, y0 = [], 0
     for kind in ("normal", "reduce"):
@@ -297,7 +316,7 @@ def to_svg(cell: Genotype, title: str) -> str:
 
 
 def weights_svg(history: list[dict], title: str) -> str:
-    """The operations' mean weights in both cells over the epochs of a search as a standalone SVG.
+    """Return the operations' mean weights over the epochs of a search as a standalone SVG.
 
     history: per epoch {"normal": 8 weights, "reduce": 8 weights}, in the order of PRIMITIVES.
     """
@@ -333,7 +352,7 @@ def weights_svg(history: list[dict], title: str) -> str:
 
 
 def svg(title: str, body: str, width: float, height: float) -> str:
-    """A drawing with the styles of this file, for light and dark backgrounds."""
+    """Return a drawing with the styles of this file, for light and dark backgrounds."""
     title = title.replace("&", "&amp;").replace("<", "&lt;")
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
 width="{width}" height="{height}">
@@ -378,7 +397,7 @@ def main(argv=None):
         out.write_text(to_svg(cell, args.arch), encoding="utf-8")
     except (BadInput, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    print(PUBLISHED[args.arch][0] if args.arch in PUBLISHED else args.arch)
+    print(PUBLISHED[args.arch].source if args.arch in PUBLISHED else args.arch)
     print(to_text(cell))
     print(f"drawn in {out}")
 

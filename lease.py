@@ -33,135 +33,22 @@ Departures from the printed equations:
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import call, central_difference, descend, grad, virtual_weights
+from darts_ops import (
+    call,
+    central_difference,
+    descend,
+    detached,
+    grad,
+    virtual_weights,
+)
 
-
-@dataclass
-class Learners:
-    """Explainer and audience with the optimizers of their weights; alphas is A."""
-    explainer: nn.Module
-    alphas: list
-    explainer_opt: torch.optim.SGD
-    audience: nn.Module
-    audience_opt: torch.optim.SGD
-
-
-def explanation_objective(explainer, alphas, e, x, delta):
-    """O_Delta = sum l(f(x + delta; E), f(x; E)), l(a, b) = - sum b log a.          # LeaSE Eq. 2"""
-    log_a = F.log_softmax(call(explainer, e, x + delta, alphas), 1)
-    b = F.softmax(call(explainer, e, x, alphas), 1)
-    return -(b * log_a).sum()
-
-
-def explain(explainer, alphas, e, x, delta):
-    """One ascent step on O_Delta: (delta', xi), xi (N, 1, 1, 1) the step size per image.
-                                                                       # LeaSE Eq. 7, departure 1-3
-    """
-    delta = delta.detach().requires_grad_()
-    spread = explanation_objective(explainer, alphas, [t.detach() for t in e], x, delta)
-    g, = grad(spread, [delta], per_image=True)
-    norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    xi = torch.where(norm > 0, x[0].numel() ** 0.5 / norm, 0)
-    return (delta + xi * g).detach(), xi
-
-
-def audience_loss(audience, explanation, x, y, weighting):
-    """mean l(f(delta' . x; W), t); audience(x) returns logits.                     # LeaSE Eq. 3"""
-    weight = explanation.abs() if weighting == "magnitude" else explanation
-    return F.cross_entropy(audience(weight * x), y)
-
-
-@dataclass
-class Ahead:
-    """One step ahead in stages 1 to 3: E', delta' with its step sizes, and the steps' gradients."""
-    e_virtual: list
-    explanation: torch.Tensor       # (N, 3, H, W)
-    xi: torch.Tensor                # (N, 1, 1, 1)
-    grads_e: list
-    grads_w: list
-    losses: tuple                   # of the explainer and of the audience, in training
-
-
-def look_ahead(m: Learners, train, delta, weighting="signed", order=2, explainer=None,
-               audience=None) -> Ahead:
-    """Stages 1 to 3, one step each. order 1 sets xi_e = 0, so E' = E.
-
-    Changes no state; but explainer(x) and audience(x) may stand for the networks at their present
-    weights, where BatchNorm's statistics are to follow.
-    """
-    x, y = train
-    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
-    explainer = explainer or (lambda x: call(m.explainer, e, x, m.alphas))
-    audience = audience or (lambda x: call(m.audience, w, x))
-    loss = F.cross_entropy(explainer(x), y)                                         # LeaSE Eq. 1
-    grads_e = grad(loss, e)
-    e_virtual = [t.detach().requires_grad_() for t in e]
-    if order == 2:
-        e_virtual = virtual_weights(m.explainer_opt, e, grads_e)                    # LeaSE Eq. 6
-    explanation, xi = explain(m.explainer, m.alphas, e_virtual, x, delta)           # LeaSE Eq. 7
-    loss_w = audience_loss(audience, explanation, x, y, weighting)
-    grads_w = grad(loss_w, w)                                                       # LeaSE Eq. 8
-    return Ahead(e_virtual, explanation, xi, grads_e, grads_w, (loss.detach(), loss_w.detach()))
-
-
-def outer_gradient(m: Learners, train, val, delta, ahead: Ahead, gamma=1.0, weighting="signed",
-                   order=2, radius=1e-2):
-    """dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val).
-
-    train, val: batches (x, y); delta: start of the perturbations; ahead: look_ahead of the same.
-    Returns (gradients of alphas, J, |v_A| of the audience / |direct gradient of the explainer|).
-    Changes no state.
-    """
-    (x, y), (x_val, y_val), e_virtual = train, val, ahead.e_virtual
-    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
-    wanted = [*m.alphas, *e_virtual] if order == 2 else m.alphas     # at xi_e = 0 v_e goes nowhere
-
-    # Stage 4: the explainer validates itself                                # LeaSE Eq. 9, 10
-    loss = F.cross_entropy(call(m.explainer, e_virtual, x_val, m.alphas), y_val)
-    parts = grad(loss, wanted)
-    g_alpha, v_e = parts[:len(m.alphas)], parts[len(m.alphas):]
-    total, share = loss.detach(), torch.zeros_like(loss)
-
-    # Stage 4: the audience validates itself, and v goes back along W', Delta', E'
-    if gamma:
-        w_virtual = virtual_weights(m.audience_opt, w, ahead.grads_w)              # LeaSE Eq. 8
-        loss = gamma * F.cross_entropy(call(m.audience, w_virtual, x_val), y_val)
-        v_w = grad(loss, w_virtual)
-        total += loss.detach()
-
-        def grad_delta(w):                                                    # LeaSE Eq. 12, 13
-            at = ahead.explanation.clone().requires_grad_()
-            loss = audience_loss(lambda x: call(m.audience, w, x), at, x, y, weighting)
-            return grad(loss, [at], per_image=True)
-
-        xi_w = m.audience_opt.param_groups[0]["lr"]
-        v_delta, = (-xi_w * p for p in central_difference(grad_delta, w, v_w, radius))
-
-        def grad_alpha_e(at):                                                 # LeaSE Eq. 14, 15
-            return grad(explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0]), wanted)
-
-        parts = central_difference(grad_alpha_e, [delta], [ahead.xi * v_delta], radius,
-                                   per_image=True)
-        norm = nn.utils.get_total_norm
-        share = norm(parts[:len(m.alphas)]) / norm(g_alpha)
-        g_alpha = [g + p for g, p in zip(g_alpha, parts[:len(m.alphas)])]           # departure 4
-        v_e = [v + p for v, p in zip(v_e, parts[len(m.alphas):])]
-    if order == 1:
-        return g_alpha, total, share
-
-    def grad_alpha(e):                                                   # LeaSE Eq. 11, 16, 17
-        return grad(F.cross_entropy(call(m.explainer, e, x, m.alphas), y), m.alphas)
-
-    xi_e = m.explainer_opt.param_groups[0]["lr"]
-    product = central_difference(grad_alpha, e, v_e, radius)
-    return [g - xi_e * p for g, p in zip(g_alpha, product)], total, share
+# -------------------------------------------------------------------------------------- arguments
 
 
 def get_args(argv=None):
@@ -181,32 +68,116 @@ def get_args(argv=None):
     return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}})    # §3.2
 
 
+# --------------------------------------------------------------------------------------- learners
+
+
+@dataclass
+class Learners:
+    """Explainer and audience with the optimizers of their weights; alphas is A."""
+    explainer: nn.Module
+    alphas: list
+    explainer_opt: torch.optim.SGD
+    audience: nn.Module
+    audience_opt: torch.optim.SGD
+
+
 def random_delta(shape, scale, device, *keys):
-    """The start of the perturbations, a pure function of keys: seed, step and rank."""
-    draw = np.random.default_rng([0xDE17A, *keys]).standard_normal(shape, np.float32)
-    return torch.from_numpy(draw).mul_(scale).to(device)
+    """Return the start of the perturbations, a pure function of keys: seed, step and rank."""
+    generator = torch.Generator(device).manual_seed(ops.mixed_seed(0xDE17A, *keys))
+    return scale * torch.randn(shape, generator=generator, device=device)
 
 
-def explanations(data, rows, maps):
-    """For explanations.png: the images, and per epoch in maps {epoch: (N, H, W)} |delta'| as heat,
-    by itself and laid over the grey image."""
-    images = data.pixels(rows).cpu()
-    labels = data.labels[rows.cpu()]
-    pictures = {"Images": [(image, data.classes[y]) for image, y in zip(images, labels)]}
-    for epoch, heat in maps.items():
-        top = heat.flatten(1).quantile(0.99, 1).view(-1, 1, 1).clamp_min(1e-12)
-        h = (3 * heat / top).cpu()                            # black, red, yellow, white
-        colour = 255 * torch.stack([h, h - 1, h - 2], 1).clamp(0, 1)
-        share = (h / 3).clamp(0, 1)[:, None]
-        overlay = (1 - share) * images.float().mean(1, keepdim=True) + share * colour
-        for title, what in (("|delta'|", colour), ("The same over the image,", overlay)):
-            pictures[f"{title} after epoch {epoch}"] = [(t.byte(), "") for t in what]
-    return pictures
+# ----------------------------------------------------------------------------------------- losses
+
+
+def explanation_objective(explainer, alphas, e, x, delta):
+    """Return O_Delta = sum l(f(x + delta; E), f(x; E)), l(a, b) = - sum b log a."""
+    log_a = F.log_softmax(call(explainer, e, x + delta, alphas), 1)
+    b = F.softmax(call(explainer, e, x, alphas), 1)
+    return -(b * log_a).sum()                                                     # LeaSE Eq. 2
+
+
+def explain(explainer, alphas, e, x, delta):
+    """Return delta' (N, 3, H, W), one ascent step on O_Delta from delta, and the step size per
+    image, (N, 1, 1, 1)."""
+    delta = delta.detach().requires_grad_()
+    objective = explanation_objective(explainer, alphas, detached(e), x, delta)
+    g, = grad(objective, [delta], shared=False)
+    norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    xi = torch.where(norm > 0, x[0].numel() ** 0.5 / norm, 0)                     # departure 3
+    return (delta + xi * g).detach(), xi                                          # LeaSE Eq. 7
+
+
+def audience_loss(audience, explanation, x, y, weighting):
+    """Return mean l(f(delta' . x; W), t); audience(x) gives logits."""
+    weight = explanation.abs() if weighting == "magnitude" else explanation
+    return F.cross_entropy(audience(weight * x), y)                               # LeaSE Eq. 3
+
+
+# --------------------------------------------------------------------------------- outer gradient
+
+
+def outer_gradient(m: Learners, train, val, delta, e_virtual, explanation, xi_delta, grads_w,
+                   gamma=1.0, weighting="signed", order=2, radius=1e-2):
+    """Return dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val).
+
+    train, val: batches (x, y); delta: start of the perturbations; the rest is one step ahead: E',
+    delta' with its step sizes, the gradients of W. order 1: E' is E, a constant.
+    Returns (gradients of alphas, J, |audience's direct part| / |explainer's|). Changes no state.
+    """
+    (x, y), (x_val, y_val) = train, val
+    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
+    e_wanted = e_virtual if order == 2 else []
+
+    # Stage 4: the explainer validates itself
+    loss = F.cross_entropy(call(m.explainer, e_virtual, x_val, m.alphas), y_val)  # LeaSE Eq. 9
+    g_alpha, v_e = grad(loss, m.alphas, e_wanted)                                 # LeaSE Eq. 10
+    J, share = loss.detach(), torch.zeros_like(loss)
+
+    # The audience validates itself, and v goes back along W', Delta', E'
+    if gamma:
+        w_virtual = virtual_weights(m.audience_opt, grads_w)                      # LeaSE Eq. 8
+        loss = F.cross_entropy(call(m.audience, w_virtual, x_val), y_val)
+        v_w = grad(gamma * loss, w_virtual)                                       # LeaSE Eq. 12
+        J = J + gamma * loss.detach()                                             # LeaSE Eq. 9
+
+        def grad_delta(w):
+            at = explanation.clone().requires_grad_()
+            loss = audience_loss(lambda x: call(m.audience, w, x), at, x, y, weighting)
+            return grad(loss, [at], shared=False)
+
+        xi_w = m.audience_opt.param_groups[0]["lr"]
+        product, = central_difference(grad_delta, w, v_w, radius)
+        v_delta = -xi_w * product                                                 # LeaSE Eq. 13
+
+        def grad_alpha_e(at):
+            objective = explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0])
+            return grad(objective, [*m.alphas, *e_wanted])
+
+        product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta], radius,
+                                     shared=False)
+        by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]             # LeaSE Eq. 15
+        share = nn.utils.get_total_norm(by_a) / nn.utils.get_total_norm(g_alpha)
+        g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                          # departure 4
+        v_e = [v + p for v, p in zip(v_e, by_e)]                                  # LeaSE Eq. 14
+
+    # Both parts go on through E'
+    if order == 2:
+        def grad_alpha(e):
+            return grad(F.cross_entropy(call(m.explainer, e, x, m.alphas), y), m.alphas)
+
+        xi_e = m.explainer_opt.param_groups[0]["lr"]
+        product = central_difference(grad_alpha, e, v_e, radius)                  # LeaSE Eq. 17
+        g_alpha = [g - xi_e * p for g, p in zip(g_alpha, product)]                # LeaSE Eq. 11, 16
+    return g_alpha, J, share
+
+
+# ------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None):
     args, checkpoint = get_args(argv)
-    device = ops.pick_device(args)
+    device = ops.start(args)
     data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
     train_rows, val_rows, _ = ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets)
     train_stream = ops.Stream(data, train_rows, args.batch_size, args.seed, "train")
@@ -220,63 +191,79 @@ def main(argv=None):
     w = list(audience.parameters())
     audience_opt = torch.optim.SGD(w, args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
-    shown = torch.as_tensor(train_rows[:8], device=device)               # in explanations.png
-    first_heat = nn.Parameter(torch.zeros(len(shown), *data.size, device=device), False)
+    shown = torch.as_tensor(train_rows[:8], device=device)     # in explanations-EPOCH.png
 
-    for stage in run.stages():                                 # several in P-DARTS: a new explainer
+    for stage in ops.stages(run):                              # several in P-DARTS: a new explainer
         (explainer,), (explainer_opt,), alphas, alpha_opt = ops.new_stage(
-            args, stage, run.state["kept"], [num_classes], device)
+            run, [num_classes], device)
         e = list(explainer.parameters())
         m = Learners(explainer, alphas, explainer_opt, audience, audience_opt)
         run.load({"explainer": explainer, "outer": nn.ParameterList(alphas),
                   "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
-                  "audience_opt": audience_opt, "first_heat": nn.ParameterList([first_heat])},
-                 alphas)
-        steps = train_stream.epoch_steps()
-        for epoch, step in run.steps(steps):
-            learns = ops.schedule(args, stage, epoch, step, [explainer], [explainer_opt])
-            audience_opt.param_groups[0]["lr"] = ops.cosine(args.audience_lr, 0, step // steps,
-                                                            len(args.layers) * args.epochs)
-            train, val = train_stream(step)[:2], val_stream(step)[:2]
-            delta = random_delta(train[0].shape, args.delta_scale, device, args.seed, step,
-                                 ops.rank())
-            figures = {}
+                  "audience_opt": audience_opt})
+        for epoch in run.epochs(train_stream.epoch_steps()):
+            learns = ops.schedule(args, stage, epoch, [explainer], [explainer_opt], audience_opt,
+                                  args.audience_lr)
+            for step in run.steps():
+                train, val = train_stream(step)[:2], val_stream(step)[:2]
+                x, y = train
+                delta = random_delta(x.shape, args.delta_scale, device, args.seed, step, ops.rank())
+                figures = {}
 
-            # Algorithm 1, 1. and 2.: the steps that E, Delta and W are about to take
-            with ops.autocast(device, args.amp != "off"):
-                ahead = look_ahead(m, train, delta, args.weighting, args.order,
-                                   lambda x: explainer(x, alphas), audience)       # LeaSE Eq. 6-8
-            # 3. A's gradient, through those steps                               # LeaSE Eq. 9-17
-            if learns:
-                with ops.autocast(device, args.amp == "bf16-all"):
-                    g_alpha, val_loss, share = outer_gradient(
-                        m, train, val, delta, ahead, args.gamma, args.weighting, args.order,
-                        args.radius)
-                figures = {"val_loss": val_loss, "audience_share": share}
-            loss, loss_w = ahead.losses
-            descend(explainer_opt, e, ahead.grads_e, args.grad_clip, run.at("the explainer"), loss)
-            descend(audience_opt, w, ahead.grads_w, None, run.at("the audience"), loss_w)
-            if learns:
-                descend(alpha_opt, alphas, g_alpha, None, run.at("the architecture"), val_loss)
+                # Algorithm 1, 1. and 2.: the steps that E, Delta and W are about to take
+                with ops.autocast(device, args.amp != "off"):
+                    loss = F.cross_entropy(explainer(x, alphas), y)               # LeaSE Eq. 1
+                    grads_e = grad(loss, e)
+                    e_virtual = (virtual_weights(explainer_opt, grads_e) if args.order == 2
+                                 else detached(e))                                # LeaSE Eq. 6
+                    explanation, xi_delta = explain(explainer, alphas, e_virtual, x, delta)
+                    loss_w = audience_loss(audience, explanation, x, y, args.weighting)
+                    grads_w = grad(loss_w, w)                                     # LeaSE Eq. 8
 
-            if not run.log(train_loss=loss, audience_loss=loss_w, **figures):
-                continue
-            ops.evaluating(explainer)
-            accuracy = ops.accuracy(lambda x: explainer(x, alphas), data, val_rows, args.batch_size)
-            # by the batches' statistics: the running ones are of explanations, not of images
-            accuracy_w = ops.accuracy(lambda x: call(audience, w, x), data, val_rows,
-                                      args.batch_size)
-            x = data.batch(shown)
-            delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
-            heat = explain(explainer, alphas, e, x, delta)[0].abs().mean(1)
-            explainer.train()
-            run.end_epoch(val_accuracy=accuracy, audience_val_accuracy=accuracy_w)
-            if step < steps:
-                first_heat.copy_(heat)
-            run.picture("explanations.png", explanations(
-                data, shown, {1: first_heat, step // steps + 1: heat}), size=128)
+                # 3. A's gradient, through those steps; then all three step
+                if learns:
+                    with ops.autocast(device, args.amp == "bf16-all"):
+                        g_alpha, J, share = outer_gradient(
+                            m, train, val, delta, e_virtual, explanation, xi_delta, grads_w,
+                            args.gamma, args.weighting, args.order, args.radius)
+                    figures = {"val_loss": J, "audience_share": share}
+                descend(explainer_opt, grads_e, run.at("the explainer"), loss, args.grad_clip)
+                descend(audience_opt, grads_w, run.at("the audience"), loss_w)
+                if learns:
+                    descend(alpha_opt, g_alpha, run.at("the architecture"), J)
+                run.log(train_loss=loss, audience_loss=loss_w, **figures)
+
+            with ops.evaluating(explainer):
+                accuracy, = ops.accuracies(lambda x: explainer(x, alphas), data, val_rows,
+                                           args.batch_size)
+                # by the batches' statistics: the running ones are of explanations, not of images
+                accuracy_w, = ops.accuracies(lambda x: call(audience, w, x), data, val_rows,
+                                             args.batch_size)
+                x = data.batch(shown)
+                delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
+                explanation, _ = explain(explainer, alphas, e, x, delta)
+            ops.end_epoch(run, alphas, val_accuracy=accuracy, audience_val_accuracy=accuracy_w)
+            run.picture("explanations", explanations(data, shown, explanation), 128, keep=True)
 
     ops.print_next(args)
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def explanations(data, rows, explanation):
+    """Return the images `rows` and |delta'| of them, by itself and laid over the grey image, as
+    rows of a picture; explanation (N, 3, H, W)."""
+    images, labels = data.pixels(rows).cpu(), data.labels.cpu()[rows.cpu()]
+    heat = explanation.cpu().abs().mean(1)                                # (N, H, W)
+    top = heat.flatten(1).quantile(0.99, 1).view(-1, 1, 1).clamp_min(1e-12)
+    h = 3 * heat / top                                         # black, red, yellow, white
+    colour = 255 * torch.stack([h, h - 1, h - 2], 1).clamp(0, 1)
+    share = (h / 3).clamp(0, 1)[:, None]
+    overlay = (1 - share) * images.float().mean(1, keepdim=True) + share * colour
+    return {"Images": [(image, data.classes[y]) for image, y in zip(images, labels)],
+            "|delta'|": [(t.byte(), "") for t in colour],
+            "The same over the image": [(t.byte(), "") for t in overlay]}
 
 
 if __name__ == "__main__":

@@ -88,19 +88,19 @@ def sgd(module):
 def lpt_step(m, alpha_opt, creator_opt, batches):
     """Repeat the body of lpt.py's loop on the same batches."""
     ga, gc = lpt.outer_gradients(m, batches)[:2]
-    ops.descend(alpha_opt, m.alphas, ga), ops.descend(creator_opt, m.creator, [-g for g in gc])
+    ops.descend(alpha_opt, ga), ops.descend(creator_opt, [-g for g in gc])
     for opt, loss, clip in (
             (m.tester_opt, lpt.tester_loss(m.tester, m.creator, batches, 1.0, 0), None),
             (m.testee_opt, F.cross_entropy(m.testee(batches[0][0], m.alphas), batches[0][1]), 5.0)):
         weights = opt.param_groups[0]["params"]
-        ops.descend(opt, weights, ops.grad(loss, weights), clip)
+        ops.descend(opt, ops.grad(loss, weights), "a learner", loss, clip)
 
 
 def il_step(stages, alphas, alpha_opt, train, val):
     grads = tests.stage_gradients(stages, alphas, train)
     g, _ = il.outer_gradient(stages, alphas, grads, train, val, 100.0)
-    il.update_weights(stages, grads, 100.0, "proximal", clip=5.0)
-    ops.descend(alpha_opt, alphas, g)
+    il.update_weights(stages, grads, [torch.zeros(())] * len(grads), 100.0, "proximal", clip=5.0)
+    ops.descend(alpha_opt, g)
 
 
 def authors_step(modules, device, x, y):
@@ -182,7 +182,7 @@ def workload(kind, device, peers=None):
             loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(auxiliary, y)
             loss.backward()
             weights = opt.param_groups[0]["params"]
-            ops.descend(opt, weights, [w.grad for w in weights], 5.0, "the network", loss)
+            ops.descend(opt, [w.grad for w in weights], "the network", loss, 5.0)
         return step
     if what == "supernet":
         net = supernet()
@@ -196,7 +196,7 @@ def workload(kind, device, peers=None):
         return lambda: lpt_step(m, alpha_opt, creator_opt, [(x, y, None)] * 3)
     rounds = int(whose) if what == "IL" else None                  # else second-order DARTS
     nets = [supernet(8, 4) for _ in range(2 * rounds)] if rounds else [supernet()]
-    stages = [il.Stage(l % 2, net, sgd(net)) for l, net in enumerate(nets)]
+    stages = [il.Learner(l % 2, net, sgd(net)) for l, net in enumerate(nets)]
     val = [(x, y)] * min(2, len(nets))
     return lambda: il_step(stages, alphas, alpha_opt, [(x, y)] * len(stages), val)
 
@@ -337,7 +337,7 @@ def bench_precision(data_dir, device):
                 loss = F.cross_entropy(logits[0] if method == "LPT" and net is other else logits, y)
                 w = list(net.parameters())
                 opt = torch.optim.SGD(w, 0.025)
-                ops.descend(opt, w, ops.grad(loss, w), 5.0)
+                ops.descend(opt, ops.grad(loss, w), "a learner", loss, 5.0)
 
         def gradients(dtype, train, outer):
             def cast(tensors):
@@ -352,7 +352,7 @@ def bench_precision(data_dir, device):
                     return lpt.outer_gradients(lpt.Learners(mine[0], a, opts[0], his, c, opts[1]),
                                                batches)[:2]
             if method == "IL":
-                stages = [il.Stage(0, net, opt) for net, opt in zip(mine, opts)]
+                stages = [il.Learner(0, net, opt) for net, opt in zip(mine, opts)]
                 with ops.autocast(device, train):
                     grads = tests.stage_gradients(stages, a, [(x, y)] * 2)
                 with ops.autocast(device, outer):
@@ -360,9 +360,9 @@ def bench_precision(data_dir, device):
             m = lease.Learners(mine[0], a, opts[0], his, opts[1])
             delta = lease.random_delta(x.shape, 0.01, device, 1, 0).to(dtype)
             with ops.autocast(device, train):
-                ahead = lease.look_ahead(m, (x, y), delta)
+                ahead = tests.lease_ahead(m, (x, y), delta)
             with ops.autocast(device, outer):
-                return lease.outer_gradient(m, (x, y), val, delta, ahead)[:1]
+                return lease.outer_gradient(m, (x, y), val, delta, *ahead)[:1]
 
         exact, found = gradients(torch.float64, False, False), {}
         for name, (train, outer) in settings.items():
@@ -398,7 +398,7 @@ def widen(part):
             state["momentum_buffer"] = state["momentum_buffer"].double()
     elif isinstance(part, torch.Tensor):
         part.data = part.data.double() if part.is_floating_point() else part.data
-    elif isinstance(part, (list, tuple, lpt.Learners, il.Stage, lease.Learners)):
+    elif isinstance(part, (list, tuple, lpt.Learners, il.Learner, lease.Learners)):
         for each in part if isinstance(part, (list, tuple)) else vars(part).values():
             widen(each)
 
@@ -423,14 +423,16 @@ def il_terms(gradient, stages, alphas, grads, train, val, lam, step, order, radi
     return (stages, alphas, train, val), exact, ours
 
 
-def lease_terms(gradient, m, train, val, delta, ahead, gamma, weighting, order, radius):
+def lease_terms(gradient, m, train, val, delta, *rest):
+    *ahead, gamma, weighting, order, radius = rest
+
     def exact(wide):
         return [[part] for part in tests.exact_lease(*wide, gamma, weighting, order)]
 
     def ours(radius, wide=None):
         at = wide or (m, train, val, delta)
-        ready = lease.look_ahead(at[0], at[1], at[3], weighting, order) if wide else ahead
-        return [gradient(*at, ready, gamma, weighting, order, radius)[0]]
+        ready = tests.lease_ahead(at[0], at[1], at[3], weighting, order) if wide else ahead
+        return [gradient(*at, *ready, gamma, weighting, order, radius)[0]]
     return (m, train, val, delta), exact, ours
 
 
