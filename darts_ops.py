@@ -22,6 +22,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -631,17 +632,22 @@ def detached(weights: list[Tensor]) -> list[Tensor]:
     return [w.detach() for w in weights]
 
 
-@torch.no_grad()
-def virtual_weights(optimizer: torch.optim.SGD, grads: list[Tensor]) -> list[Tensor]:
+def sgd_step(optimizer: torch.optim.SGD, grads: list[Tensor]) -> list[Tensor]:
     """Return an optimizer's weights after one step along grads, w' = w - xi (mu buffer + grad + wd
-    w), as leaves (DARTS Eq. 7, with the momentum and weight decay of its reference code)."""
+    w) (DARTS Eq. 7, with the momentum and weight decay of its reference code); nothing changes."""
     group = optimizer.param_groups[0]
     weights = group["params"]
     step = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
     buffers = [optimizer.state[w].get("momentum_buffer") for w in weights if w in optimizer.state]
     if buffers and buffers[0] is not None:
         torch._foreach_add_(step, buffers, alpha=group["momentum"])
-    return [w.requires_grad_() for w in torch._foreach_add(weights, step, alpha=-group["lr"])]
+    return list(torch._foreach_add(weights, step, alpha=-group["lr"]))
+
+
+@torch.no_grad()
+def virtual_weights(optimizer: torch.optim.SGD, grads: list[Tensor]) -> list[Tensor]:
+    """Return sgd_step's weights as leaves: dJ/dw' is taken by itself."""
+    return [w.requires_grad_() for w in sgd_step(optimizer, grads)]
 
 
 def central_difference(grad_at, w: list[Tensor], v: list[Tensor], radius: float = 1e-2,
@@ -660,6 +666,47 @@ def central_difference(grad_at, w: list[Tensor], v: list[Tensor], radius: float 
     plus = grad_at(torch._foreach_add(w, step))
     minus = grad_at(torch._foreach_sub(w, step))
     return [(p - n) / (2 * eps) for p, n in zip(plus, minus)]
+
+
+class Stage(NamedTuple):
+    """A learning stage k of the general form, Skillearn Eq. 1 (and its Table 1)."""
+    name: str
+    parameters: list[Tensor]            # W_k, the active learnable parameters
+    loss: Callable                      # (W_k, learned) -> L_k + gamma_k I_k
+    step: Callable                      # (W_k, its gradient, learned) -> W'_k
+
+
+def skillearn(stages: list[Stage], validation: Callable, remaining: list[list], exact=True):
+    """Take one iteration of Skillearn's Algorithm 1 by exact differentiation.
+
+    Every stage takes one step on its loss, given `learned`, the W'_j of the stages before it by
+    their names; validation(learned) is the objective and whatever else is to be returned;
+    remaining: groups of the parameters that no stage learns. Returns (what validation returns, a
+    list of gradients per group). exact=False: the objective alone, without the gradients.
+    """
+    learned = {}
+    for name, parameters, loss, step in stages:
+        gradients = torch.autograd.grad(loss(parameters, learned), parameters, create_graph=exact)
+        learned[name] = step(parameters, gradients, learned)               # Skillearn Eq. 3, 4
+    objective, *more = validation(learned)                                 # Skillearn Eq. 5
+    return (objective, *more), grad(objective, *remaining) if exact else None
+
+
+@contextlib.contextmanager
+def foresight(run, formulation, alphas: list[Tensor], g_alpha: list[Tensor]):
+    """Around A's step: in the last one of an epoch, note by how much A's gradient said that this
+    step would change the objective, and by how much it did, on the same batches. The log then tells
+    whether the gradient means anything to a search. Of one process; formulation: skillearn's
+    arguments."""
+    if not run.last_step() or world_size() > 1:
+        yield
+        return
+    old, before = [a.detach().clone() for a in alphas], skillearn(*formulation, exact=False)[0][0]
+    yield
+    after = skillearn(*formulation, exact=False)[0][0]
+    predicted = sum((g * (a.detach() - o)).sum() for g, a, o in zip(g_alpha, alphas, old))
+    run.noted = dict(zip(("predicted_change", "realised_change"),
+                         torch.stack([predicted, (after - before).detach()]).tolist()))
 
 
 def descend(optimizer, grads: list[Tensor], learner: str = "a learner",
@@ -1038,7 +1085,8 @@ class Stream:
     def __init__(self, data: Images, rows, batch_size: int, seed: int, name: str, cutout=0):
         n = batch_size // world_size()
         if batch_size > len(rows):
-            raise BadInput(f"--batch-size {batch_size}: the {name} stream has {len(rows)} images")
+            raise BadInput(f"--batch-size {batch_size}: the {name} stream has {len(rows)} images; "
+                           "a search halves the training images; give that or less")
         if batch_size % world_size() or n < 2:
             raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
                            "with two images or more for each")
@@ -1119,10 +1167,10 @@ def dataset_name(text: str) -> str:
 real, flag = number(float, 0), argparse.BooleanOptionalAction
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
+def new_parser(description: str, example: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=f"{description} Example: {example}", usage=argparse.SUPPRESS,
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def reading_processes() -> int:
@@ -1152,7 +1200,8 @@ def search_arguments(parser):
     add = parser.add_argument_group(
         "the base search; the defaults are its paper's (BASES), or the method's").add_argument
     add("--base", choices=BASES, default="darts-2nd", help="whose recipe and supernet to take")
-    add("--order", type=int, choices=(1, 2), help="1: xi = 0 for A (DARTS §2.3)")
+    add("--order", type=int, choices=(1, 2), help="1: A's gradient does not go through "
+        "the steps ahead (xi = 0, DARTS §2.3; LeaSE explains by E, IL validates one step ahead)")
     add("--layers", type=number(int, 3), nargs="+", help="cells, per stage")
     add("--epochs", type=number(int, 1), help="of a stage, over the training half")
     add("--warm-up", type=number(int, 0), help="first epochs of a stage that train weights only")
@@ -1173,13 +1222,15 @@ def search_arguments(parser):
     add("--auxiliary-skip", action=flag, help="a skip beside every edge, weight 1 to 0 (DARTS-)")
     add = parser.add_argument_group("the searched networks (DARTS §A.1)").add_argument
     add("--channels", type=number(int, 2), default=16, help="C of the first cell")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="of every SGD")
+    add("--momentum", type=number(float, 0, 0.999), default=0.9, help="of every SGD")
     add("--weight-decay", type=real, default=3e-4, help="of every SGD")
     add("--grad-clip", type=real, default=5.0,
         help="largest gradient norm of a searched network; 0: any")
     add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
     add("--radius", type=number(float, 1e-12), default=1e-2,
         help="of the central differences: eps = radius / |v| (DARTS Eq. 8, LPT Eq. 17)")
+    add("--gradient", choices=("difference", "exact"), default="difference",
+        help="A's: by the papers' finite differences, or by exact differentiation (one process)")
     add("--subsets", type=number(float, 0, 1), nargs=2, default=None,
         help="shares of every class that train weights and A, else halves; ImageNet's 0.1 0.025 "
              "(PC-DARTS §4.3)")
@@ -1203,7 +1254,8 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add("--tensorboard", action=flag, default=False,
         help="write the figures and pictures for tensorboard too, which must be installed")
     add("--quick", action=flag, default=False,
-        help="a tiny run on synthetic images: few cells, channels and epochs")
+        help="a run of two minutes on synthetic images of 16 pixels; sets few cells, channels and "
+             "epochs, high learning rates, a search's order 1")
 
 
 def search_recipe(chosen, changes: dict) -> dict:
@@ -1216,11 +1268,12 @@ def search_recipe(chosen, changes: dict) -> dict:
         images = ({"dataset": "synthetic"} if chosen.dataset else
                   {"tasks": ["synthetic:10", "synthetic:5"]})
         recipe = recipe | images | dict(
-            image_size=16, channels=4 * min(2, recipe["partial"]), batch_size=100, log_every=5)
+            image_size=16, channels=4 * min(2, recipe["partial"]), batch_size=50, order=1, lr=0.1,
+            alpha_lr=0.1, log_every=10)
         if len(recipe["layers"]) > 1:
             recipe = recipe | dict(epochs=1, warm_up=0)
         else:
-            recipe = recipe | dict(epochs=2, warm_up=min(1, recipe["warm_up"]), layers=[3])
+            recipe = recipe | dict(epochs=3, warm_up=min(1, recipe["warm_up"]), layers=[3])
     return recipe
 
 
@@ -1236,6 +1289,8 @@ def check_search(args):
                        f"{args.epochs} epochs")
     if args.channels % (2 * args.partial):
         raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
+    if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
+        raise BadInput("--gradient exact: of one process, and not with --amp bf16-all")
     if args.subsets and (sum(args.subsets) > 1 or not min(args.subsets) > 0):
         raise BadInput("--subsets: two shares above 0, together at most 1")
 
@@ -1474,7 +1529,7 @@ class Run:
         self.board = None
         if args.tensorboard and not rank():
             self.board = SummaryWriter(args.out, purge_step=self.state["step"])
-        self.new = True
+        self.new, self.noted = True, {}
 
     def load(self, parts: dict):
         """Take the learners and optimizers of a stage; a checkpoint's states go into them."""
@@ -1532,6 +1587,10 @@ class Run:
             sys.stderr.write(f"stopped after step {self.state['step']}; --resume goes on\n")
             sys.exit(128 + Signals.number)
 
+    def last_step(self) -> bool:
+        """Return whether the present step is the last one of its epoch."""
+        return (self.state["step"] + 1) % self.epoch_steps == 0
+
     def at(self, learner: str) -> str:
         """Return where the run is, for an error message."""
         return f"{learner} (stage {self.state['stage'] + 1}, step {self.state['step'] + 1})"
@@ -1568,7 +1627,8 @@ class Run:
         args, state = self.args, self.state
         line = {"epoch": len(state["history"]) + 1}
         line |= {name: value / self.epoch_steps for name, value in state["sums"].items()}
-        line |= figures or {}
+        line |= self.noted | (figures or {})
+        self.noted = {}
         for name, value in line.items():
             if not math.isfinite(value):
                 raise NotFinite(f"{name} is {value} after epoch {line['epoch']}")
@@ -1606,8 +1666,13 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20 if resource else 0.0
 
 
-def print_next(args):
-    """Print where a search's cell is, and the commands that evaluate it."""
+def print_next(run):
+    """Print where a search's cell is, how decided, and the commands that evaluate it."""
+    args, entropy = run.args, run.state["history"][-1]["alpha_entropy"]
+    if entropy > 0.98 * math.log(args.candidates[-1]):
+        print(f"alpha_entropy {entropy:.3f} of ln {args.candidates[-1]} = "
+              f"{math.log(args.candidates[-1]):.3f}: the operations of an edge are nearly tied; "
+              "more epochs or a larger --alpha-lr decide more")
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     for dataset in task_names(args):
         parts = ["python evaluate.py --arch", shlex.quote(f"{args.out}/genotype.json"),

@@ -140,7 +140,8 @@ QUICK = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4,
 
 
 def get_args(argv=None):
-    parser = ops.new_parser("Train a network of stacked cells and test it once (DARTS §A.2).")
+    parser = ops.new_parser("Train a network of stacked cells and test it once (DARTS §A.2).",
+                            "python evaluate.py --arch LPT_PDARTS")
     add, real = parser.add_argument, ops.real
     add("--arch", help="a published cell (python genotypes.py --help lists them), a genotype.json "
                        "or random:SEED")
@@ -305,8 +306,9 @@ def train(args, checkpoint):
               "drop_path": drop_path, "training": training, "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
-    print(f"test error {100 * (1 - top1):.2f}% (top 5: {100 * (1 - top5):.2f}%) after the last "
-          f"epoch, on {len(test_rows)} images; {args.out}/result.json")
+    top5_too = f" (top 5: {100 * (1 - top5):.2f}%)" if len(data.classes) > 5 else ""
+    print(f"test error {100 * (1 - top1):.2f}%{top5_too} after the last epoch, on {len(test_rows)} "
+          f"images; {args.out}/result.json")
 
 
 def cross_entropy(logits, y, label_smoothing):

@@ -22,9 +22,13 @@ Departures from the printed equations:
    move apart about fourfold a step. The default is the proximal step on the same objective,
    (W - eta grad L + 2 eta lambda W'_(l-1)) / (1 + 2 eta lambda), which is stable for every
    lambda and equals Eq. 35 to first order in eta. --step printed is Eq. 35.
-2. The gradients that make W' are also those that train W, as in Algorithm 3's order (weights, then
+2. In either, eta in 2 eta lambda is that of the step that momentum mu makes of it in the end,
+   eta / (1 - mu). The pull acts outside the optimizer; with eta alone lambda would act as (1 - mu)
+   lambda, and the learners would settle elsewhere than Eq. 30 says.
+3. All rounds' heads learn, as Eq. 30 has it; Algorithm 3's step 4 names those of round M alone.
+4. The gradients that make W' are also those that train W, as in Algorithm 3's order (weights, then
    A); DARTS has A first and takes the weights' gradient again.
-3. The step is the actual optimizer's, before clipping: momentum and weight decay included.
+5. The step is the actual optimizer's, before clipping: momentum and weight decay included.
 """
 
 from dataclasses import dataclass
@@ -34,27 +38,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import darts_ops as ops
-from darts_ops import (
-    call,
-    central_difference,
-    descend,
-    detached,
-    grad,
-    virtual_weights,
-)
+from darts_ops import call, central_difference, descend, detached, grad, virtual_weights
 
 # -------------------------------------------------------------------------------------- arguments
 
 
 def get_args(argv=None):
-    parser = ops.new_parser("Search a cell by Interleaving Learning (arXiv 2012.04863).")
+    parser = ops.new_parser("Search a cell by Interleaving Learning (arXiv 2012.04863).",
+                            "python il.py --tasks cifar100 cifar10 --rounds 2")
     add = parser.add_argument
     add("--tasks", type=ops.dataset_name, nargs="+", default=["cifar100", "cifar10"],
         help="in their order: cifar10, cifar100, folder:DIR, synthetic[:CLASSES] (§4.3.1)")
     add("--rounds", type=ops.number(int, 1), default=2, help="M (§4.3.1)")
     add("--coupling", dest="lam", type=ops.real, default=100.0, help="lambda (beta in §4.3.1)")
     add("--step", choices=("proximal", "printed"), default="proximal",
-        help="of the coupled weights; printed: Eq. 35, which needs 2 eta lambda < 1")
+        help="of the coupled weights; printed: Eq. 35, which needs 2 eta lambda / (1 - mu) < 1")
     add("--joint", action=ops.flag, default=False, help="the baseline JL: one round, no coupling")
     ops.search_arguments(parser)
     args, checkpoint = ops.parse_search(parser, argv, "il", {                      # §4.3.1
@@ -62,10 +60,13 @@ def get_args(argv=None):
         "pdarts": {"batch_size": 64}, "pcdarts": {"alpha_lr": 3e-3}})
     if "imagenet" in args.tasks:
         raise ops.BadInput("--tasks: no imagenet; the paper searches on CIFAR (§4.3.1)")
-    if args.step == "printed" and not args.joint and 2 * max(args.lr, args.lr_min) * args.lam >= 1:
-        raise ops.BadInput(f"--step printed diverges: 2 eta lambda = "
-                           f"{2 * max(args.lr, args.lr_min) * args.lam:g} must stay below 1; lower "
-                           "--coupling or --lr, or use --step proximal")
+    pull = 2 * max(args.lr, args.lr_min) * args.lam / (1 - args.momentum)
+    if args.step == "printed" and not args.joint and pull >= 1:
+        # a chain of stages passes an alternating error on pull / (2 - pull) times; one stage alone
+        # would diverge from 2
+        raise ops.BadInput(f"--step printed diverges along the stages: 2 eta lambda / (1 - mu) = "
+                           f"{pull:g} must stay below 1; lower --coupling or --lr, or use --step "
+                           "proximal")
     return args, checkpoint
 
 
@@ -88,6 +89,10 @@ class Learner:
     def eta(self) -> float:
         return self.opt.param_groups[0]["lr"]
 
+    def pull(self, lam: float) -> float:
+        """2 eta lambda, of the step that momentum makes of eta in the end (departure 2)."""
+        return 2 * self.eta * lam / (1 - self.opt.param_groups[0]["momentum"])
+
 
 def split(weights):
     """Return the encoder W and the head H, a linear layer's weight and bias, of a list."""
@@ -103,19 +108,52 @@ def loss_of(learner: Learner, weights, batch, alphas):
     return F.cross_entropy(call(learner.net, weights, x, alphas), y)
 
 
-@torch.no_grad()
 def coupled(stepped, w, before, pull, step):
     """Return a stage's encoder W'_l after its coupled step (IL Eq. 33).
 
-    stepped: after the optimizer's step on L, from w; before: W'_(l-1), the stage before's; pull: 2
-    eta lambda.
+    stepped: after the optimizer's step on L, from w; before: W'_(l-1), the stage before's; pull:
+    Learner.pull.
     """
     if step == "printed":
         return [s - pull * (t - b) for s, t, b in zip(stepped, w, before)]        # IL Eq. 35
     return [(s + pull * b) / (1 + pull) for s, b in zip(stepped, before)]         # departure 1
 
 
-# --------------------------------------------------------------------------------- outer gradient
+# ------------------------------------------------------------------------------------ formulation
+
+
+def formulation(learners, alphas, train, val, lam, step="proximal", order=2):
+    """Return IL in Skillearn's general form: the stages (its Tables 13 and 14), the objective of
+    the validation stage (Table 15) and the remaining parameters, A. lam 0, one round: JL."""
+    def stage(l, learner):
+        def advance(w, g, learned):
+            encoder, head = split(ops.sgd_step(learner.opt, g))                   # IL Eq. 34, 36
+            if l and lam:
+                encoder = coupled(encoder, split(w)[0], split(learned[l - 1])[0],
+                                  learner.pull(lam), step)                        # IL Eq. 35
+            return encoder + head if order == 2 else detached(encoder + head)
+
+        def loss(w, learned):
+            return loss_of(learner, w, train[l], alphas)
+
+        return ops.Stage(l, learner.weights, loss, advance)                       # IL Eq. 29, 30
+
+    def validation(learned):
+        last_round = len(learners) - len(val)
+        return [sum(loss_of(learner, learned[last_round + k], val[k], alphas)
+                    for k, learner in enumerate(learners[last_round:]))]          # IL Eq. 31, 32
+
+    return [stage(l, learner) for l, learner in enumerate(learners)], validation, [alphas]
+
+
+def exact_gradient(*problem):
+    """Return what outer_gradient does, by exact differentiation of the formulation, with whose
+    arguments it is called."""
+    (J,), g_alpha = ops.skillearn(*formulation(*problem))
+    return g_alpha, J.detach()
+
+
+# -------------------------------------------------------------------------------------- algorithm
 
 
 def look_ahead(learners, grads, lam, step):
@@ -124,19 +162,21 @@ def look_ahead(learners, grads, lam, step):
     for l, (learner, g) in enumerate(zip(learners, grads)):
         encoder, head = split(virtual_weights(learner.opt, g))                    # IL Eq. 34, 36
         if l and lam:
-            encoder = coupled(encoder, split(learner.weights)[0], split(ahead[-1])[0],
-                              2 * learner.eta * lam, step)                        # IL Eq. 35
+            with torch.no_grad():
+                encoder = coupled(encoder, split(learner.weights)[0], split(ahead[-1])[0],
+                                  learner.pull(lam), step)                        # IL Eq. 35
             encoder = [w.requires_grad_() for w in encoder]
         ahead.append(encoder + head)
     return ahead
 
 
-def outer_gradient(learners, alphas, grads, train, val, lam, step="proximal", order=2,
+def outer_gradient(learners, alphas, train, val, lam, step="proximal", order=2, grads=(),
                    radius=1e-2):
-    """Return dJ/dA of J = sum_k L(A, W_k^(M), H_k^(M), D_k^val), one step of every stage ahead.
+    """Return dJ/dA of J = sum_k L(A, W_k^(M), H_k^(M), D_k^val), one step of every stage ahead, by
+    finite differences.
 
-    grads: per stage, dL/d(W, H) on its training batch (x, y) in train; val: a batch per task.
-    order 1 keeps the direct part. Returns (gradients of alphas, J). Changes no state.
+    train: a batch (x, y) per stage; val: per task; grads: per stage, dL/d(W, H) on train. order 1
+    keeps the direct part. Returns (gradients of alphas, J). Changes no state.
     """
     # Stages 1 ... MK: one step each
     ahead = look_ahead(learners, grads, lam, step)
@@ -155,7 +195,7 @@ def outer_gradient(learners, alphas, grads, train, val, lam, step="proximal", or
 
     # The sweep back over the stages: the chain that Eq. 37 asks for; not in the paper
     for l in reversed(range(0 if lam else last_round, len(learners))):
-        learner, pull = learners[l], 2 * learners[l].eta * lam if l else 0.0
+        learner, pull = learners[l], learners[l].pull(lam) if l else 0.0
         encoder, head = split(u[l])
         if pull and step == "proximal":
             encoder = [t / (1 + pull) for t in encoder]        # dW'_l / d(the step on L)
@@ -180,8 +220,8 @@ def update_weights(learners, grads, losses, lam, step, clip=None, at="{}".format
         w = [t.detach().clone() for t in encoder]
         descend(learner.opt, g, at(f"learner {l + 1}"), losses[l], clip)
         if l and lam:
-            new = coupled(encoder, w, before, 2 * learner.eta * lam, step)        # IL Eq. 35
             with torch.no_grad():
+                new = coupled(encoder, w, before, learner.pull(lam), step)        # IL Eq. 35
                 for t, value in zip(encoder, new):
                     t.copy_(value)
         before = detached(encoder)
@@ -229,15 +269,16 @@ def main(argv=None):
                     grads.append(grad(loss, learner.weights))
                     losses.append(loss.detach())
 
-                # 5. A's gradient, through those steps; then the stages step, then A
+                # 5. A's step, through the steps that the stages are about to take; then theirs
                 if learns:
+                    problem = learners, alphas, train, val, lam, args.step, args.order
                     with ops.autocast(device, args.amp == "bf16-all"):
-                        g_alpha, J = outer_gradient(learners, alphas, grads, train, val, lam,
-                                                    args.step, args.order, args.radius)
+                        g_alpha, J = (exact_gradient(*problem) if args.gradient == "exact" else
+                                      outer_gradient(*problem, grads, args.radius))
+                    with ops.foresight(run, formulation(*problem), alphas, g_alpha):
+                        descend(alpha_opt, g_alpha, run.at("the architecture"), J)  # IL Eq. 37
                     figures = {"val_loss": J / K}
                 update_weights(learners, grads, losses, lam, args.step, args.grad_clip, run.at)
-                if learns:
-                    descend(alpha_opt, g_alpha, run.at("the architecture"), J)    # IL Eq. 37
                 run.log(train_loss=torch.stack(losses).mean(), **figures)
 
             figures = {}
@@ -248,7 +289,7 @@ def main(argv=None):
                         halves[learner.task][1], args.batch_size)
             ops.end_epoch(run, alphas, **figures)
 
-    ops.print_next(args)
+    ops.print_next(run)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,17 @@ Departures from the printed equations:
 1. Eq. 7 descends O_Delta, which Eq. 2 maximises; here it ascends.
 2. Delta starts at random, near zero, in every step, where Algorithm 1 goes on from the step before:
    at zero the gradient of O_Delta is zero, and crops and flips are new in every step.
-3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, held constant, so
-   that delta' has unit root-mean-square and delta' . x the scale of x. A step of a learning rate's
-   size moves delta by less than 1e-4 of its length.
+3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, so that delta' has
+   unit root-mean-square and delta' . x the scale of x; through it too A changes delta'. A step of
+   a learning rate's size moves delta by less than 1e-4 of its length.
 4. The chain below Eq. 11 leaves out how the explanation depends on A directly, through the f of
    O_Delta: nearly all of the audience's gradient. It is kept, from the same two passes.
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.
-6. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
+6. The last difference, for Eq. 11 and 17, is one along the explainer's and the audience's parts of
+   v_e together; it is linear in its direction.
+7. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
    the steps are the actual optimizers', before clipping: momentum and weight decay included.
-7. x in delta' . x is the normalised image, as the networks see it.
+8. x in delta' . x is the normalised image, as the networks see it.
 """
 
 from dataclasses import dataclass
@@ -39,20 +41,14 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import (
-    call,
-    central_difference,
-    descend,
-    detached,
-    grad,
-    virtual_weights,
-)
+from darts_ops import call, central_difference, descend, detached, grad, virtual_weights
 
 # -------------------------------------------------------------------------------------- arguments
 
 
 def get_args(argv=None):
-    parser = ops.new_parser("Search a cell by Learning by Self-Explanation (arXiv 2012.12899).")
+    parser = ops.new_parser("Search a cell by Learning by Self-Explanation (arXiv 2012.12899).",
+                            "python lease.py --dataset cifar100 --audience resnet18")
     add = parser.add_argument
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
@@ -97,15 +93,19 @@ def explanation_objective(explainer, alphas, e, x, delta):
     return -(b * log_a).sum()                                                     # LeaSE Eq. 2
 
 
+def step_sizes(g):
+    """Return xi_Delta per image, (N, 1, 1, 1): with it the step along g has a root mean square of
+    1; 0 where g is 0."""
+    norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return torch.where(norm > 0, g[0].numel() ** 0.5 / norm, 0)                   # departure 3
+
+
 def explain(explainer, alphas, e, x, delta):
-    """Return delta' (N, 3, H, W), one ascent step on O_Delta from delta, and the step size per
-    image, (N, 1, 1, 1)."""
+    """Return delta' (N, 3, H, W), one ascent step on O_Delta from delta, and its step sizes."""
     delta = delta.detach().requires_grad_()
     objective = explanation_objective(explainer, alphas, detached(e), x, delta)
     g, = grad(objective, [delta], shared=False)
-    norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    xi = torch.where(norm > 0, x[0].numel() ** 0.5 / norm, 0)                     # departure 3
-    return (delta + xi * g).detach(), xi                                          # LeaSE Eq. 7
+    return (delta + step_sizes(g) * g).detach(), step_sizes(g)                    # LeaSE Eq. 7
 
 
 def audience_loss(audience, explanation, x, y, weighting):
@@ -114,15 +114,61 @@ def audience_loss(audience, explanation, x, y, weighting):
     return F.cross_entropy(audience(weight * x), y)                               # LeaSE Eq. 3
 
 
-# --------------------------------------------------------------------------------- outer gradient
+# ------------------------------------------------------------------------------------ formulation
 
 
-def outer_gradient(m: Learners, train, val, delta, e_virtual, explanation, xi_delta, grads_w,
-                   gamma=1.0, weighting="signed", order=2, radius=1e-2):
-    """Return dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val).
+def formulation(m: Learners, train, val, delta, gamma=1.0, weighting="signed", order=2):
+    """Return LeaSE in Skillearn's general form: the stages (LeaSE Eq. 1 to 3), the objective of the
+    validation stage (Eq. 5) and the remaining parameters, A."""
+    (x, y), (x_val, y_val) = train, val
 
-    train, val: batches (x, y); delta: start of the perturbations; the rest is one step ahead: E',
-    delta' with its step sizes, the gradients of W. order 1: E' is E, a constant.
+    def explainer_loss(e, learned):
+        return F.cross_entropy(call(m.explainer, e, x, m.alphas), y)              # LeaSE Eq. 1
+
+    def explanation_loss(delta, learned):                      # which its step ascends
+        return explanation_objective(m.explainer, m.alphas, learned["explainer"], x, *delta)
+
+    def marked_loss(w, learned):
+        return audience_loss(lambda x: call(m.audience, w, x), *learned["delta"], x, y, weighting)
+
+    def validation(learned):
+        J = F.cross_entropy(call(m.explainer, learned["explainer"], x_val, m.alphas), y_val)
+        heard = F.cross_entropy(call(m.audience, learned["audience"], x_val), y_val)
+        return [J + gamma * heard]                                                # LeaSE Eq. 5
+
+    def explainer_step(e, g, learned):
+        return ops.sgd_step(m.explainer_opt, g) if order == 2 else detached(e)    # LeaSE Eq. 6
+
+    def explanation_step(delta, g, learned):
+        return [delta[0] + step_sizes(g[0]) * g[0]]                               # LeaSE Eq. 7
+
+    def audience_step(w, g, learned):
+        return ops.sgd_step(m.audience_opt, g)                                    # LeaSE Eq. 8
+
+    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
+    stages = [ops.Stage("explainer", e, explainer_loss, explainer_step),
+              ops.Stage("delta", [delta.detach().requires_grad_()], explanation_loss,
+                        explanation_step),
+              ops.Stage("audience", w, marked_loss, audience_step)]
+    return stages, validation, [m.alphas]
+
+
+def exact_gradient(*problem):
+    """Return what outer_gradient does but for the audience's share, by exact differentiation of the
+    formulation, with whose arguments it is called."""
+    (J,), g_alpha = ops.skillearn(*formulation(*problem))
+    return g_alpha, J.detach()
+
+
+# -------------------------------------------------------------------------------------- algorithm
+
+
+def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_virtual, explanation,
+                   xi_delta, grads_w, radius=1e-2):
+    """Return dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val), by finite differences.
+
+    train, val: batches (x, y); delta: start of the perturbations; order 1: E' is E, a constant. One
+    step ahead: E', delta' with its step sizes, the gradients of W.
     Returns (gradients of alphas, J, |audience's direct part| / |explainer's|). Changes no state.
     """
     (x, y), (x_val, y_val) = train, val
@@ -149,6 +195,8 @@ def outer_gradient(m: Learners, train, val, delta, e_virtual, explanation, xi_de
         xi_w = m.audience_opt.param_groups[0]["lr"]
         product, = central_difference(grad_delta, w, v_w, radius)
         v_delta = -xi_w * product                                                 # LeaSE Eq. 13
+        unit = (explanation - delta) / x[0].numel() ** 0.5     # xi_Delta depends on A: departure 3
+        v_delta = v_delta - unit * (unit * v_delta).sum((1, 2, 3), keepdim=True)
 
         def grad_alpha_e(at):
             objective = explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0])
@@ -210,7 +258,7 @@ def main(argv=None):
                 delta = random_delta(x.shape, args.delta_scale, device, args.seed, step, ops.rank())
                 figures = {}
 
-                # Algorithm 1, 1. and 2.: the steps that E, Delta and W are about to take
+                # Algorithm 1, 1. and 2.: one step ahead of E, Delta and W
                 with ops.autocast(device, args.amp != "off"):
                     loss = F.cross_entropy(explainer(x, alphas), y)               # LeaSE Eq. 1
                     grads_e = grad(loss, e)
@@ -220,17 +268,19 @@ def main(argv=None):
                     loss_w = audience_loss(audience, explanation, x, y, args.weighting)
                     grads_w = grad(loss_w, w)                                     # LeaSE Eq. 8
 
-                # 3. A's gradient, through those steps; then all three step
+                # 3. A's step, through the steps that E, Delta and W are about to take; then theirs
                 if learns:
+                    problem = m, train, val, delta, args.gamma, args.weighting, args.order
                     with ops.autocast(device, args.amp == "bf16-all"):
-                        g_alpha, J, share = outer_gradient(
-                            m, train, val, delta, e_virtual, explanation, xi_delta, grads_w,
-                            args.gamma, args.weighting, args.order, args.radius)
-                    figures = {"val_loss": J, "audience_share": share}
+                        g_alpha, J, *share = (
+                            exact_gradient(*problem) if args.gradient == "exact" else
+                            outer_gradient(*problem, e_virtual, explanation, xi_delta, grads_w,
+                                           args.radius))
+                    with ops.foresight(run, formulation(*problem), alphas, g_alpha):
+                        descend(alpha_opt, g_alpha, run.at("the architecture"), J)
+                    figures = {"val_loss": J, **dict(zip(["audience_share"], share))}
                 descend(explainer_opt, grads_e, run.at("the explainer"), loss, args.grad_clip)
                 descend(audience_opt, grads_w, run.at("the audience"), loss_w)
-                if learns:
-                    descend(alpha_opt, g_alpha, run.at("the architecture"), J)
                 run.log(train_loss=loss, audience_loss=loss_w, **figures)
 
             with ops.evaluating(explainer):
@@ -245,7 +295,7 @@ def main(argv=None):
             ops.end_epoch(run, alphas, val_accuracy=accuracy, audience_val_accuracy=accuracy_w)
             run.picture("explanations", explanations(data, shown, explanation), 128, keep=True)
 
-    ops.print_next(args)
+    ops.print_next(run)
 
 
 # --------------------------------------------------------------------------------------- pictures

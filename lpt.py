@@ -18,15 +18,16 @@ learning from; the testee's architecture learns to pass the test.
     python lpt.py --dataset cifar100 --encoder resnet18
 
 Departures from the printed equations:
-1. Eq. 23 leaves out the direct dependence of f on C, which Eq. 24 keeps; it is kept in both.
+1. Eq. 23 leaves out the direct dependence of f on C, which Eq. 24 keeps; it is kept in both. Eq. 16
+   leaves out the 1/sum f of the R that A descends, which Eq. 9 and 15 have; it is kept.
 2. Eq. 22 prints a difference for E and one for X, Eq. 23 and 24 more of them. A central difference
    is linear in its direction, so one joint difference along (u_E, u_X) gives their sum.
 3. A and C step on one evaluation of the objective; Algorithm 2 prints them one after the other.
 4. Eq. 13 sums over the bank; here it is the mean over the bank's mini-batch, as of every loss.
 5. W' and (E', X') are one step of the actual optimizer, before clipping: momentum and weight decay
    included.
-6. Ablation 1's scalars are sigmoid(theta_d), from theta = 0, by Adam; the paper names no
-   optimizer. Ablation 2 keeps gamma, which Eq. 26 leaves out: at 1 it is the same.
+6. Ablation 1's scalars are sigmoid(theta_d), from theta = 0, by Adam for those in the batch alone;
+   the paper names no optimizer. Ablation 2 keeps gamma, which Eq. 26 leaves out: at 1 the same.
 """
 
 from dataclasses import dataclass
@@ -37,21 +38,14 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import (
-    call,
-    central_difference,
-    descend,
-    detached,
-    global_sum,
-    grad,
-    virtual_weights,
-)
+from darts_ops import call, central_difference, descend, detached, grad, virtual_weights
 
 # -------------------------------------------------------------------------------------- arguments
 
 
 def get_args(argv=None):
-    parser = ops.new_parser("Search a cell by Learning by Passing Tests (arXiv 2012.04863).")
+    parser = ops.new_parser("Search a cell by Learning by Passing Tests (arXiv 2012.04863).",
+                            "python lpt.py --dataset cifar100 --encoder resnet18")
     add, real = parser.add_argument, ops.real
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
@@ -67,6 +61,8 @@ def get_args(argv=None):
     add("--creator-weight-decay", type=real, default=1e-3, help="of C (§3.2.2)")
     add("--theta-lr", type=real, default=1e-2,
         help="of ablation 1's scalars, Adam without weight decay; not in the paper")
+    add("--created-test", choices=("printed", "normalized"), default="printed",
+        help="its loss in stage II: Eq. 13, or Eq. 13 divided by the sum of f, as Eq. 9 is")
     ops.search_arguments(parser)
     return ops.parse_search(parser, argv, "lpt", {"all": {"batch_size": 64}})      # §3.2.2
 
@@ -107,32 +103,89 @@ def selection(creator, features):
     return torch.sigmoid(F.linear(features, *creator)).squeeze(1)                 # LPT Eq. 12
 
 
-def created_test_loss(creator, logits, features, y_bank):
-    """Return L(E, X, sigma(C, E, D_b)) from the tester's outputs on the bank."""
-    losses = F.cross_entropy(logits, y_bank, reduction="none")
-    return (selection(creator, features) * losses).mean()                         # LPT Eq. 13
+def created_test_loss(creator, logits, features, y_bank, created="printed"):
+    """Return L(E, X, sigma(C, E, D_b)) from the tester's outputs on the bank; normalized: divided
+    by its size, as R is, so that E cannot shrink it by selecting less."""
+    losses, f = F.cross_entropy(logits, y_bank, reduction="none"), selection(creator, features)
+    if created == "normalized":
+        return ops.global_sum((f * losses).sum()) / ops.global_sum(f.sum())
+    return (f * losses).mean()                                                    # LPT Eq. 13
 
 
-def tester_loss(tester, creator, batches, gamma, ablation):
+def tester_loss(tester, creator, batches, gamma, ablation, created="printed"):
     """Return what E and X minimise in stage II; tester(x) gives logits and features."""
     (x, y, _), (x_bank, y_bank, _), _ = batches
-    created = created_test_loss(creator, *tester(x_bank), y_bank)
+    test = created_test_loss(creator, *tester(x_bank), y_bank, created)
     if ablation == 2:
-        return gamma * created                                                    # LPT Eq. 26
-    return F.cross_entropy(tester(x)[0], y) + gamma * created                     # LPT Eq. 7
+        return gamma * test                                                       # LPT Eq. 26
+    return F.cross_entropy(tester(x)[0], y) + gamma * test                        # LPT Eq. 7
 
 
-# --------------------------------------------------------------------------------- outer gradient
+def validation_objective(m: Learners, w, ex, batches, lam, ablation):
+    """Return J = R - lambda L(E, X, D_er^val) at the weights w and ex = (E, X), R, and f (N,)."""
+    _, (x_bank, y_bank, rows), (x_val, y_val, _) = batches
+    if ablation == 1:
+        f, tester_val_loss = torch.sigmoid(m.creator[0])[rows], 0.0               # LPT Eq. 25
+    else:
+        f = selection(m.creator, call(m.tester, ex, x_bank)[1])                   # LPT Eq. 12
+        tester_val_loss = F.cross_entropy(call(m.tester, ex, x_val)[0], y_val)
+    losses = F.cross_entropy(call(m.testee, w, x_bank, m.alphas), y_bank,
+                             reduction="none")                                    # LPT Eq. 8
+    R = ops.global_sum((f * losses).sum()) / ops.global_sum(f.sum())              # LPT Eq. 9, 14
+    return R - lam * tester_val_loss, R, f                                        # LPT Eq. 15, 19
 
 
-def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=0, radius=1e-2):
-    """Return dJ/dA and dJ/dC of J = R - lambda L(E', X', D_er^val), which A descends and C ascends.
+# ------------------------------------------------------------------------------------ formulation
+
+
+def formulation(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=0, created="printed"):
+    """Return LPT in Skillearn's general form: the stages (its Tables 3 and 4), the objective of the
+    validation stage (Table 5) and the groups of remaining parameters, A and C."""
+    x, y, _ = batches[0]
+
+    def testee_loss(w, learned):
+        return F.cross_entropy(call(m.testee, w, x, m.alphas), y)                 # LPT Eq. 6
+
+    def stage_2_loss(ex, learned):
+        return tester_loss(lambda x: call(m.tester, ex, x), m.creator, batches, gamma, ablation,
+                           created)                                               # LPT Eq. 7
+
+    def validation(learned):
+        return validation_objective(m, learned["testee"], learned.get("tester"), batches, lam,
+                                    ablation)                                     # LPT Eq. 11
+
+    def testee_step(w, g, learned):
+        return ops.sgd_step(m.testee_opt, g) if order == 2 else detached(w)
+
+    def tester_step(ex, g, learned):
+        return ops.sgd_step(m.tester_opt, g)                                      # LPT Eq. 18
+
+    stages = [ops.Stage("testee", list(m.testee.parameters()), testee_loss, testee_step)]
+    if ablation != 1:
+        stages += [ops.Stage("tester", list(m.tester.parameters()), stage_2_loss, tester_step)]
+    return stages, validation, [m.alphas, m.creator]
+
+
+def exact_gradients(*problem):
+    """Return what outer_gradients does, by exact differentiation of the formulation, with whose
+    arguments it is called."""
+    (_, R, f), (g_alpha, g_creator) = ops.skillearn(*formulation(*problem))
+    return g_alpha, g_creator, R.detach(), f.detach().mean()
+
+
+# -------------------------------------------------------------------------------------- algorithm
+
+
+def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=0,
+                    created="printed", radius=1e-2):
+    """Return dJ/dA and dJ/dC of J = R - lambda L(E', X', D_er^val), which A descends and C ascends,
+    by finite differences.
 
     batches: (x, y, rows) of train, bank and validation stream. order 1 sets xi = 0 for A.
     Returns (gradients of alphas, of creator, test loss R, mean selection). Changes no state.
     """
-    (x, y, _), (x_bank, y_bank, rows), (x_val, y_val, _) = batches
-    w = list(m.testee.parameters())
+    (x, y, _), (x_bank, y_bank, _), _ = batches
+    w, ex_virtual = list(m.testee.parameters()), []
 
     # Stage I: the testee learns one step
     w_virtual, v_wanted = detached(w), []
@@ -141,21 +194,14 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
         w_virtual = v_wanted = virtual_weights(m.testee_opt, grad(loss, w))       # LPT Eq. 6
 
     # Stage II: the tester learns one step from its data and the created test
-    if ablation == 1:
-        ex_virtual, tester_val_loss = [], 0.0
-        f = torch.sigmoid(m.creator[0])[rows]                                     # LPT Eq. 25
-    else:
+    if ablation != 1:
         ex = list(m.tester.parameters())
-        loss = tester_loss(lambda x: call(m.tester, ex, x), m.creator, batches, gamma, ablation)
+        loss = tester_loss(lambda x: call(m.tester, ex, x), m.creator, batches, gamma, ablation,
+                           created)
         ex_virtual = virtual_weights(m.tester_opt, grad(loss, ex))                # LPT Eq. 18
-        f = selection(m.creator, call(m.tester, ex_virtual, x_bank)[1])           # LPT Eq. 12
-        tester_val_loss = F.cross_entropy(call(m.tester, ex_virtual, x_val)[0], y_val)
 
     # Validation stage: one evaluation and one backward pass serve A and C
-    losses = F.cross_entropy(call(m.testee, w_virtual, x_bank, m.alphas), y_bank,
-                             reduction="none")                                    # LPT Eq. 8
-    R = global_sum((f * losses).sum()) / global_sum(f.sum())                      # LPT Eq. 9, 14
-    J = R - lam * tester_val_loss                                                 # LPT Eq. 15, 19
+    J, R, f = validation_objective(m, w_virtual, ex_virtual, batches, lam, ablation)
     g_alpha, g_creator, v, u = grad(J, m.alphas, m.creator, v_wanted, ex_virtual)
 
     # dJ/dA through W': v = dJ/dW'
@@ -172,7 +218,7 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
         def grad_creator(ex):
             with torch.no_grad():                              # C acts after E and X
                 logits, features = call(m.tester, ex, x_bank)
-            return grad(created_test_loss(m.creator, logits, features, y_bank), m.creator)
+            return grad(created_test_loss(m.creator, logits, features, y_bank, created), m.creator)
 
         xi = m.tester_opt.param_groups[0]["lr"]
         product = central_difference(grad_creator, ex, u, radius)                 # LPT Eq. 20-22
@@ -197,7 +243,7 @@ def main(argv=None):
     num_classes, tester, tester_opt, tester_parts = len(data.classes), None, None, {}
     if args.ablation == 1:                                                        # departure 6
         creator = [nn.Parameter(torch.zeros(len(data.labels), device=device))]
-        creator_opt = torch.optim.Adam(creator, args.theta_lr)
+        creator_opt = torch.optim.SparseAdam(creator, args.theta_lr)
     else:
         tester = ops.place(Tester(args.encoder, num_classes), device)
         ex = list(tester.parameters())
@@ -225,18 +271,23 @@ def main(argv=None):
 
                 # Algorithm 2, 1. and 2.: A descends the objective, C ascends it
                 if learns:
+                    problem = (m, batches, args.order, args.lam, args.gamma, args.ablation,
+                               args.created_test)
                     with ops.autocast(device, args.amp == "bf16-all"):
-                        g_alpha, g_creator, R, f = outer_gradients(
-                            m, batches, args.order, args.lam, args.gamma, args.ablation,
-                            args.radius)
-                    descend(alpha_opt, g_alpha, run.at("the architecture"), R)
-                    descend(creator_opt, [-g for g in g_creator], run.at("the creator"))
+                        g_alpha, g_creator, R, f = (
+                            exact_gradients(*problem) if args.gradient == "exact" else
+                            outer_gradients(*problem, args.radius))
+                    with ops.foresight(run, formulation(*problem), alphas, g_alpha):
+                        descend(alpha_opt, g_alpha, run.at("the architecture"), R)
+                    g_creator = [-g.to_sparse() if args.ablation == 1 else -g for g in g_creator]
+                    descend(creator_opt, g_creator, run.at("the creator"))
                     figures = {"difficulty": R, "selection": f}
 
                 # 3. The tester's E and X
                 if args.ablation != 1:
                     with ops.autocast(device, args.amp != "off"):
-                        loss = tester_loss(tester, creator, batches, args.gamma, args.ablation)
+                        loss = tester_loss(tester, creator, batches, args.gamma, args.ablation,
+                                           args.created_test)
                     descend(tester_opt, grad(loss, ex), run.at("the tester"), loss)
 
                 # 4. The testee's W
@@ -257,7 +308,7 @@ def main(argv=None):
             ops.end_epoch(run, alphas, val_accuracy=accuracy, **figures)
             run.picture("tests", tests(data, val_rows, f.cpu()))
 
-    ops.print_next(args)
+    ops.print_next(run)
 
 
 # --------------------------------------------------------------------------------------- pictures

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import errno
+import functools
 import gc
 import importlib
 import inspect
@@ -381,69 +382,39 @@ def supernet_problem(base=None):
     return learners(testee, alphas, tester, creator, batches, lr=0.025), batches
 
 
-def sgd_step(optimizer, weights, loss):
-    """One SGD step that stays in the graph."""
-    group = optimizer.param_groups[0]
-    return [w - group["lr"] * (group["momentum"] * optimizer.state[w].get("momentum_buffer", 0) + g
-                               + group["weight_decay"] * w)
-            for w, g in zip(weights, torch.autograd.grad(loss, weights, create_graph=True))]
+def exact(formulation):
+    """A formulation's gradients by exact differentiation: the total ones, a list per group, and the
+    direct parts, with what the stages have learned held fixed."""
+    def groups(stages):
+        grads = ops.skillearn(stages, *formulation[1:])[1]
+        return grads if len(formulation[2]) > 1 else [grads]
+
+    fixed = [stage._replace(step=lambda *args, step=stage.step: ops.detached(step(*args)))
+             for stage in formulation[0]]
+    return groups(formulation[0]), groups(fixed)
 
 
-def exact_lpt(m, batches, order=2, lam=1.0, gamma=1.0, ablation=0):
-    """J through the unrolled steps (LPT Eq. 11), differentiated exactly: the total gradients of A
-    and C, and their direct parts, with the virtual weights held fixed."""
-    (x, y, _), (x_bank, y_bank, rows), (x_val, y_val, _) = batches
-    w, ex = list(m.testee.parameters()), list(m.tester.parameters())
-
-    def creator_f(ex):
-        if ablation == 1:
-            return torch.sigmoid(m.creator[0])[rows]
-        features = ops.call(m.tester, ex, x_bank)[1]
-        return torch.sigmoid(features @ m.creator[0].T + m.creator[1])[:, 0]
-
-    def objective(w, ex):
-        log_p = F.log_softmax(ops.call(m.testee, w, x_bank, m.alphas), 1)
-        each = -log_p[range(len(y_bank)), y_bank]
-        f = creator_f(ex)
-        J = (f * each).sum() / f.sum()
-        if ablation != 1:
-            J = J - lam * F.cross_entropy(ops.call(m.tester, ex, x_val)[0], y_val)
-        return J
-
-    w_virtual, ex_virtual = w, ex
-    if order == 2:
-        loss = F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y)
-        w_virtual = sgd_step(m.testee_opt, w, loss)
-    if ablation != 1:
-        bank = F.cross_entropy(ops.call(m.tester, ex, x_bank)[0], y_bank, reduction="none")
-        loss = gamma * (creator_f(ex) * bank).mean()
-        if ablation == 0:
-            loss = loss + F.cross_entropy(ops.call(m.tester, ex, x)[0], y)
-        ex_virtual = sgd_step(m.tester_opt, ex, loss)
-    n = len(m.alphas)
-    total = torch.autograd.grad(objective(w_virtual, ex_virtual), [*m.alphas, *m.creator])
-    fixed = [[t.detach() for t in part] for part in (w_virtual, ex_virtual)]
-    direct = torch.autograd.grad(objective(*fixed), [*m.alphas, *m.creator])
-    return (total[:n], total[n:]), (direct[:n], direct[n:])
-
-
-def lpt_errors(m, batches, module=lpt, radius=1e-2, **kw):
-    """Relative errors of the second-order terms of A and of C, by themselves; a gradient without
+def second_order_errors(got, formulation):
+    """Relative errors of the second-order terms by themselves, one per group; a gradient without
     one must be equal as it is."""
-    got = module.outer_gradients(m, batches, radius=radius, **kw)[:2]
-    total, direct = exact_lpt(m, batches, **kw)
     errors = []
-    for g, t, d in zip(got, total, direct):
-        second = difference(t, d)
-        if max(s.abs().max() for s in second) > 1e-13:
-            errors.append(relative_error(difference(g, d), second))
+    for g, total, direct in zip(got, *exact(formulation)):
+        second = difference(total, direct)
+        if max(t.abs().max() for t in second) > 1e-13:
+            errors.append(relative_error(difference(g, direct), second))
         else:
-            errors.append(relative_error(g, t))
+            errors.append(relative_error(g, total))
     return errors
 
 
-CASES = [dict(order=o, ablation=a, lam=lam, gamma=gamma) for o in (1, 2) for a in (0, 1, 2)
-         for lam, gamma in ((1.0, 1.0), (0.5, 2.0))]
+def lpt_errors(m, batches, module=lpt, radius=1e-2, **kw):
+    got = module.outer_gradients(m, batches, radius=radius, **kw)[:2]
+    return second_order_errors(got, lpt.formulation(m, batches, **kw))
+
+
+CASES = [dict(order=o, ablation=a, lam=lam, gamma=gamma, created=created) for o in (1, 2)
+         for a in (0, 1, 2) for lam, gamma, created in ((1.0, 1.0, "printed"),
+                                                        (0.5, 2.0, "normalized"))]
 
 
 @pytest.mark.parametrize("kw", CASES, ids=lambda kw: "-".join(map(str, kw.values())))
@@ -471,13 +442,13 @@ MUTATIONS = {
                           "f = 0 * sum(c.sum() for c in m.creator) + selection("
                           "detached(m.creator), call("),
     "no df/dC in the numerator only": (
-        "global_sum((f * losses).sum())",
-        "(selection(detached(m.creator), call(m.tester, ex_virtual, x_bank)[1]) * losses).sum()"),
-    "no 1/sum f": ("global_sum((f * losses).sum()) / global_sum(f.sum())",
-                      "(f * losses).mean()"),
+        "R = ops.global_sum((f * losses).sum())",
+        "R = (selection(detached(m.creator), call(m.tester, ex, x_bank)[1]) * losses).sum()"),
+    "no 1/sum f": ("R = ops.global_sum((f * losses).sum()) / ops.global_sum(f.sum())",
+                   "R = (f * losses).mean()"),
     "no momentum": ("torch._foreach_add_(step, buffers, alpha=group[\"momentum\"])", "pass"),
     "lambda's sign": ("R - lam * tester_val_loss", "R + lam * tester_val_loss"),
-    "f not differentiated by E": ("return (selection(creator, features) * losses).mean()",
+    "f not differentiated by E": ("return (f * losses).mean()",
                                   "return (selection(creator, features.detach()) * losses).mean()"),
 }
 
@@ -507,11 +478,12 @@ def test_a_wrong_lpt_gradient_is_seen(name):
 
 def darts_gradient(testee, alphas, optimizer, train, val):
     """Second-order DARTS (its Eq. 7) by exact differentiation."""
-    w = list(testee.parameters())
-    loss = F.cross_entropy(ops.call(testee, w, train[0], alphas), train[1])
-    w_virtual = sgd_step(optimizer, w, loss)
-    return torch.autograd.grad(F.cross_entropy(ops.call(testee, w_virtual, val[0], alphas), val[1]),
-                               alphas)
+    def loss(w, batch):
+        return F.cross_entropy(ops.call(testee, w, batch[0], alphas), batch[1])
+
+    stage = ops.Stage("w", list(testee.parameters()), lambda w, learned: loss(w, train),
+                      lambda w, g, learned: ops.sgd_step(optimizer, g))
+    return ops.skillearn([stage], lambda learned: [loss(learned["w"], val)], [alphas])[1]
 
 
 def test_central_difference_of_a_zero_direction_is_zero():
@@ -595,35 +567,15 @@ def stage_gradients(stages, alphas, train):
                      list(s.net.parameters())) for s, (x, y) in zip(stages, train)]
 
 
-def exact_il(stages, alphas, train, val, lam, step):
-    """sum_k L_k^val through the unrolled stages (IL Eq. 32), differentiated exactly: the total
-    gradient of A and its direct part."""
-    bars = []
-    for stage, (x, y) in zip(stages, train):
-        w = list(stage.net.parameters())
-        bar = sgd_step(stage.opt, w, F.cross_entropy(ops.call(stage.net, w, x, alphas), y))
-        pull = 2 * stage.opt.param_groups[0]["lr"] * lam
-        if bars and step == "proximal":
-            bar[:-2] = [(b + pull * p) / (1 + pull) for b, p in zip(bar[:-2], bars[-1])]
-        elif bars:
-            bar[:-2] = [b - pull * (t - p) for b, t, p in zip(bar[:-2], w, bars[-1])]
-        bars.append(bar)
-
-    def objective(bars):
-        last = len(stages) - len(val)
-        return sum(F.cross_entropy(ops.call(stage.net, bar, x, alphas), y)
-                   for stage, bar, (x, y) in zip(stages[last:], bars[last:], val))
-
-    direct = torch.autograd.grad(objective([[t.detach() for t in bar] for bar in bars]), alphas)
-    return torch.autograd.grad(objective(bars), alphas), direct
+def il_gradient(problem, lam, step="proximal", module=il, radius=1e-2, order=2):
+    stages, alphas, train, val = problem
+    grads = stage_gradients(stages, alphas, train)
+    return module.outer_gradient(*problem, lam, step, order, grads, radius)[0]
 
 
 def il_error(problem, lam, step, module=il, radius=1e-2):
-    stages, alphas, train, val = problem
-    got, _ = module.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train,
-                                   val, lam, step, radius=radius)
-    total, direct = exact_il(*problem, lam, step)
-    return relative_error(difference(got, direct), difference(total, direct))
+    got = il_gradient(problem, lam, step, module, radius)
+    return second_order_errors([got], il.formulation(*problem, lam, step))[0]
 
 
 @pytest.mark.parametrize("step", ["proximal", "printed"])
@@ -641,9 +593,9 @@ def test_il_gradient_on_the_supernet(step, lam):
 
 
 IL_MUTATIONS = {
-    "2 eta lambda left out of the sweep": ("[a + pull * b for", "[a + b for"),
-    "1/(1 + 2 eta lambda) left out of the sweep": ("[t / (1 + pull) for t in encoder]", "encoder"),
-    "1/(1 + 2 eta lambda) left out of the step": ("[(s + pull * b) / (1 + pull)",
+    "the pull left out of the sweep": ("[a + pull * b for", "[a + b for"),
+    "1/(1 + pull) left out of the sweep": ("[t / (1 + pull) for t in encoder]", "encoder"),
+    "1/(1 + pull) left out of the step": ("[(s + pull * b) / (1 + pull)",
                                                   "[s + pull * (b - s) / (1 + pull) / 2"),
     "first stage first": ("for l in reversed(range(0 if lam else last_round, len(learners))):",
                           "for l in range(len(learners)):"),
@@ -724,33 +676,6 @@ def lease_problem(supernet=False):
     return m, train, val, 0.01 * torch.randn(shape, dtype=torch.float64)
 
 
-def exact_lease(m, train, val, delta, gamma=1.0, weighting="signed", order=2):
-    """J through the unrolled stages (LeaSE Eq. 5), differentiated exactly: the total gradient of A
-    and its direct part."""
-    (x, y), (x_val, y_val) = train, val
-    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
-
-    def explainer(e, x):
-        return ops.call(m.explainer, e, x, m.alphas)
-
-    e_virtual = e
-    if order == 2:
-        e_virtual = sgd_step(m.explainer_opt, e, F.cross_entropy(explainer(e, x), y))
-    start = delta.clone().requires_grad_()
-    spread = -(F.softmax(explainer(e_virtual, x), 1)
-               * F.log_softmax(explainer(e_virtual, x + start), 1)).sum()
-    g, = torch.autograd.grad(spread, [start], create_graph=True)
-    each = g.detach().flatten(1).square().sum(1).sqrt()
-    explanation = start + (x[0].numel() ** 0.5 / each).view(-1, 1, 1, 1) * g
-    weight = explanation.abs() if weighting == "magnitude" else explanation
-    w_virtual = sgd_step(m.audience_opt, w, F.cross_entropy(ops.call(m.audience, w, weight * x), y))
-    heard = F.cross_entropy(ops.call(m.audience, w_virtual, x_val), y_val)
-    total = F.cross_entropy(explainer(e_virtual, x_val), y_val) + gamma * heard
-    fixed = F.cross_entropy(explainer([t.detach() for t in e_virtual], x_val), y_val)
-    direct = torch.autograd.grad(fixed, m.alphas)
-    return torch.autograd.grad(total, m.alphas), direct
-
-
 def lease_ahead(m, train, delta, weighting="signed", order=2, module=lease):
     """One step ahead, as in LeaSE's loop: E', delta' with its step sizes, the gradients of W."""
     x, y = train
@@ -766,45 +691,50 @@ def lease_ahead(m, train, delta, weighting="signed", order=2, module=lease):
 def lease_gradient(problem, module=lease, radius=1e-2, gamma=1.0, **kw):
     m, train, val, delta = problem
     ahead = lease_ahead(m, train, delta, module=module, **kw)
-    return module.outer_gradient(m, train, val, delta, *ahead, gamma, radius=radius, **kw)[0]
+    return module.outer_gradient(*problem, gamma, kw.get("weighting", "signed"),
+                                 kw.get("order", 2), *ahead, radius)[0]
 
 
 def lease_errors(problem, module=lease, radius=1e-2, weighting="signed"):
     """Relative errors of the second-order terms: the explainer's own (Eq. 11), the audience's with
     xi_e = 0 (Eq. 13, 15 and v_A), the audience's whole chain (with Eq. 17), and the total."""
-    errors = []
-    kw = {"weighting": weighting}
+    errors, kw = [], {"weighting": weighting}
     own, heard, both = ((lease_gradient(problem, module, radius, gamma, **kw, order=order),
-                         exact_lease(*problem, gamma, **kw, order=order))
+                         *[part[0] for part in exact(lease.formulation(*problem, gamma, **kw,
+                                                                       order=order))])
                         for gamma, order in ((0.0, 2), (1.0, 1), (1.0, 2)))
-    for got, (total, direct) in (own, heard, both):
+    for got, total, direct in (own, heard, both):
         errors.append(relative_error(difference(got, direct), difference(total, direct)))
-    errors.append(relative_error(difference(both[0], own[0]), difference(both[1][0], own[1][0])))
+    errors.append(relative_error(difference(both[0], own[0]), difference(both[1], own[1])))
     return errors
 
 
 @pytest.mark.parametrize("weighting", ["signed", "magnitude"])
 def test_lease_gradient_on_the_smooth_network(weighting):
+    """Its bounds are twenty times the others', and O(radius^2) too: what the projection of v_Delta
+    leaves is a small difference of large terms."""
     for radius, bound in RADII.items():
-        assert max(lease_errors(lease_problem(), radius=radius, weighting=weighting)) < bound
+        assert max(lease_errors(lease_problem(), radius=radius, weighting=weighting)) < 20 * bound
 
 
 @pytest.mark.parametrize("terms", slow_but({0}, ["the total", "each by itself"]))
 def test_lease_gradient_on_the_supernet_with_resnet18(terms):
     problem = lease_problem(supernet=True)
     if terms == "the total":
-        total, direct = exact_lease(*problem)
-        got = difference(lease_gradient(problem, radius=1e-8), direct)
-        assert relative_error(got, difference(total, direct)) < 1e-4
+        got = lease_gradient(problem, radius=1e-8)
+        assert second_order_errors([got], lease.formulation(*problem))[0] < 1e-4
     else:
         assert max(lease_errors(problem, radius=1e-8)) < 1e-4
 
 
 LEASE_MUTATIONS = {
-    "descent in Eq. 7": ("delta + xi * g", "delta - xi * g"),
+    "descent in Eq. 7": ("(delta + step_sizes(g) * g).detach()",
+                         "(delta - step_sizes(g) * g).detach()"),
     "no dO/dA": ("[g + p for g, p in zip(g_alpha, by_a)]", "g_alpha"),
     "no chain through E'": ("[v + p for v, p in zip(v_e, by_e)]", "v_e"),
     "no step size per image": ("[xi_delta * v_delta]", "[v_delta]"),
+    "the step size a constant": ("v_delta - unit * (unit * v_delta).sum((1, 2, 3), keepdim=True)",
+                                 "v_delta"),
     "sign of Eq. 13": ("v_delta = -xi_w * product", "v_delta = xi_w * product"),
     "sign of Eq. 17": ("[g - xi_e * p", "[g + xi_e * p"),
     "one argument of l held fixed": ("b = F.softmax(call(explainer, e, x, alphas), 1)",
@@ -819,18 +749,18 @@ def test_a_wrong_lease_gradient_is_seen(name):
 
 @pytest.mark.parametrize("method,name,i,expected,abs", slow_but({0, 1}, [
     ("lpt", "no df/dC (Eq. 23)", 1, 0.13, 5e-3), ("lpt", "no momentum", 0, 0.983, 5e-3),
-    ("lease", "descent in Eq. 7", 0, -0.29, 0.05), ("lease", "no dO/dA", 0, 0.25, 0.05)]))
+    ("lease", "descent in Eq. 7", 0, 0.02, 0.05), ("lease", "no dO/dA", 0, 0.25, 0.05)]))
 def test_what_the_papers_print_points_elsewhere(method, name, i, expected, abs):
     """The cosine of A's (0) or C's gradient, as printed, with the exact one; the code's is 1."""
     if method == "lpt":
         m, batches = smooth_problem()
-        exact = exact_lpt(m, batches)[0]
+        total = exact(lpt.formulation(m, batches))[0]
         wrong = mutant("lpt", *MUTATIONS[name]).outer_gradients(m, batches, radius=1e-3)
     else:
         problem = lease_problem(supernet=True)
-        exact = exact_lease(*problem)
+        total = exact(lease.formulation(*problem))[0]
         wrong = [lease_gradient(problem, mutant("lease", *LEASE_MUTATIONS[name]), radius=1e-8)]
-    assert cosine(wrong[i], exact[i]) == pytest.approx(expected, abs=abs)
+    assert cosine(wrong[i], total[i]) == pytest.approx(expected, abs=abs)
 
 
 def test_lpt_with_a_constant_test_il_of_one_stage_and_lease_without_audience_are_darts():
@@ -838,18 +768,134 @@ def test_lpt_with_a_constant_test_il_of_one_stage_and_lease_without_audience_are
     with torch.no_grad():
         m.creator[0].zero_()                                       # f = sigmoid(bias) everywhere
     got = lpt.outer_gradients(m, batches, lam=0.0)[0]
-    exact = darts_gradient(m.testee, m.alphas, m.testee_opt, *batches[:2])
-    assert relative_error(got, exact) < 1e-6
+    darts = darts_gradient(m.testee, m.alphas, m.testee_opt, *[b[:2] for b in batches[:2]])
+    assert relative_error(got, darts) < 1e-6
     stages, alphas, train, val = problem = il_problem(1, 1)
-    grads = stage_gradients(stages, alphas, train)
-    got, _ = il.outer_gradient(stages, alphas, grads, train, val, 0.0)
-    exact = darts_gradient(stages[0].net, alphas, stages[0].opt, train[0], val[0])
-    assert relative_error(got, exact) < 1e-5
-    first, _ = il.outer_gradient(stages, alphas, grads, train, val, 0.0, order=1)
-    assert relative_error(first, exact_il(*problem, 0.0, "proximal")[1]) < 1e-12
+    darts = darts_gradient(stages[0].net, alphas, stages[0].opt, train[0], val[0])
+    assert relative_error(il_gradient(problem, 0.0), darts) < 1e-5
+    direct = exact(il.formulation(*problem, 0.0))[1][0]
+    assert relative_error(il_gradient(problem, 0.0, order=1), direct) < 1e-12
     m, train, val, _ = problem = lease_problem()
-    exact = darts_gradient(m.explainer, m.alphas, m.explainer_opt, train, val)
-    assert relative_error(lease_gradient(problem, gamma=0.0), exact) < 1e-5
+    darts = darts_gradient(m.explainer, m.alphas, m.explainer_opt, train, val)
+    assert relative_error(lease_gradient(problem, gamma=0.0), darts) < 1e-5
+
+
+real = functools.partial(torch.tensor, dtype=torch.float64)
+
+
+class Given(nn.Module):
+    """A network whose parameter is its answer, whatever it sees."""
+
+    def __init__(self, logits, features=None):
+        super().__init__()
+        self.logits, self.features = nn.Parameter(real(logits)), features
+
+    def forward(self, x, alphas=None):
+        return self.logits if self.features is None else (self.logits, self.features)
+
+
+def test_the_losses_by_hand():
+    """Formulation and algorithm share them, so that each has an example worked out by hand."""
+    log, f = math.log, [1 / (1 + math.exp(0.5)), 1 / (1 + math.exp(-0.5))]
+    creator = [real([[1.0, -1.0]]), real([0.5])]
+    features, y = real([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([0, 1])
+    logits = [[0.0, 0.0], [log(3), 0.0]]                           # losses log 2 and log 4
+    tester, testee = Given(logits, features), Given([[log(7), 0.0], [0.0, 0.0]])
+    assert lpt.selection(creator, features).tolist() == pytest.approx(f)             # Eq. 12
+    answers, near = tester(None), lambda value: pytest.approx(value, rel=1e-12)
+    printed, size = f[0] * log(2) + f[1] * log(4), f[0] + f[1]
+    assert lpt.created_test_loss(creator, *answers, y).item() == near(printed / 2)   # Eq. 13
+    assert lpt.created_test_loss(creator, *answers, y, "normalized").item() == near(printed / size)
+    batches = (None, y, None), (None, y, torch.tensor([2, 0])), (None, torch.tensor([1, 1]), None)
+    own = (log(2) + log(4)) / 2
+    for ablation, value in ((0, own + 3 * printed / 2), (2, 3 * printed / 2)):       # Eq. 7, 26
+        assert lpt.tester_loss(tester, creator, batches, 3.0, ablation).item() == near(value)
+    m = lpt.Learners(testee, [], None, tester, creator, None)
+    weights = [[net.logits.detach()] for net in (testee, tester)]
+    J, R, _ = lpt.validation_objective(m, *weights, batches, 2.0, 0)
+    expected = (f[0] * log(8 / 7) + f[1] * log(2)) / size                            # Eq. 9, 14
+    assert R.item() == near(expected)
+    assert J.item() == near(expected - 2 * (log(2) + log(4)) / 2)                    # Eq. 15, 19
+    m.creator = [real([0.0, 9.0, log(3)])]        # s = 3/4 and 1/2 of rows 2 and 0
+    J, R, _ = lpt.validation_objective(m, *weights, batches, 2.0, 1)
+    assert J.item() == R.item() == near((0.75 * log(8 / 7) + 0.5 * log(2)) / 1.25)   # Eq. 25
+
+    one, two, four = ([real(v)] for v in (1.0, 2.0, 4.0))
+    assert il.coupled(one, two, four, 0.5, "printed")[0] == 2      # 1 - 0.5 (2 - 4), Eq. 35
+    assert il.coupled(one, two, four, 0.5, "proximal")[0] == 2     # (1 + 0.5 * 4) / 1.5
+    net = nn.Linear(2, 2)
+    learner = il.Learner(0, net, torch.optim.SGD(net.parameters(), 0.1, 0.75))
+    assert learner.pull(3.0) == near(2 * 0.1 * 3 / 0.25)
+
+    class Linear(nn.Linear):
+        def forward(self, x, alphas=None):
+            return super().forward(x.flatten(1))
+
+    explainer = Linear(2, 2, bias=False).double()
+    w = [real([[log(3), 0.0], [0.0, 0.0]])]       # logits (log 3 x_1, 0)
+    x, delta = real([0.0, 0.0]).view(1, 2, 1, 1), real([1.0, 5.0]).view(1, 2, 1, 1)
+    objective = lease.explanation_objective(explainer, [], w, x, delta)
+    assert objective.item() == near(-0.5 * log(0.75) - 0.5 * log(0.25))              # Eq. 2
+    g = real([3.0, 4.0]).view(1, 2, 1, 1)
+    assert lease.step_sizes(g).item() == near(2 ** 0.5 / 5) and lease.step_sizes(0 * g) == 0
+    explanation, xi = lease.explain(explainer, [], w, x, delta)    # gradient log 3 (3/4 - 1/2, 0)
+    assert xi.item() == near(2 ** 0.5 / (0.25 * log(3)))
+    assert explanation.flatten().tolist() == near([1 + 2 ** 0.5, 5.0])               # Eq. 7
+    seen = []
+    for weighting, sign in (("signed", -1), ("magnitude", 1)):                       # Eq. 3
+        loss = lease.audience_loss(lambda x: seen.append(x) or x.flatten(1), -g, g + 1,
+                                   torch.tensor([0]), weighting)
+        assert seen[-1].flatten().tolist() == near([sign * 12.0, sign * 20.0])
+        assert loss.item() == near(log(1 + math.exp(sign * 8.0)))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("step,lam", [("proximal", 100.0), ("proximal", 1.0), ("printed", 1.0)])
+def test_coupled_learners_settle_where_the_penalty_says(step, lam, momentum):
+    """On (W - 1)^2 / 2 with W'_(l-1) = 0 that is 1 / (1 + 2 lambda), with momentum and without."""
+    nets = [nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1)) for _ in range(2)]
+    learners = [il.Learner(0, net, torch.optim.SGD(net.parameters(), 0.025, momentum))
+                for net in nets]
+    with torch.no_grad():
+        nets[0][0].weight.zero_()
+    for _ in range(3000):
+        w = [learner.weights for learner in learners]
+        grads = [[torch.zeros_like(t) for t in weights] for weights in w]
+        grads[1][0] = w[1][0].detach() - 1
+        il.update_weights(learners, grads, [torch.zeros(())] * 2, lam, step)
+    assert nets[1][0].weight.item() == pytest.approx(1 / (1 + 2 * lam), rel=1e-4)
+
+
+def test_foresight_by_hand():
+    """On a^2 from a = 3 a step of -1 promises -6 and brings -5."""
+    alphas, run = [torch.tensor(3.0, requires_grad=True)], types.SimpleNamespace(noted={})
+    formulation = [], lambda learned: [alphas[0] ** 2], [alphas]
+    for last in (False, True):
+        run.last_step = lambda last=last: last
+        with torch.no_grad():
+            alphas[0].fill_(3.0)
+        g = [torch.tensor(6.0)]
+        with ops.foresight(run, formulation, alphas, g), torch.no_grad():
+            alphas[0] -= 1
+        assert run.noted == ({"predicted_change": -6.0, "realised_change": -5.0} if last else {})
+
+
+def test_an_image_that_is_not_asked_about_keeps_its_scalar(tmp_path, monkeypatch):
+    """Ablation 1: Adam's moments must not move the scalars of other steps' images."""
+    descend, steps = ops.descend, []
+
+    def watched(optimizer, grads, name, *args):
+        theta = optimizer.param_groups[0]["params"][0]
+        before = theta.detach().clone()
+        descend(optimizer, grads, name, *args)
+        if "creator" in name:
+            moved = (theta != before).nonzero().flatten().tolist()
+            steps.append((moved, grads[0].coalesce().indices()[0].tolist()))
+
+    monkeypatch.setattr(lpt, "descend", watched)
+    assert run_script(lpt, *TINY, "--batch-size", 10, "--epochs", 1, "--ablation", 1, "--out",
+                      tmp_path / "run") == 0
+    assert len(steps) == 10 and all(moved == asked and len(asked) == 10 for moved, asked in steps)
 
 
 def test_an_explanation_has_unit_scale_and_raises_the_objective():
@@ -901,7 +947,7 @@ def test_a_gradient_evaluation_changes_no_state(method, kw):
     if method == "lpt":
         lpt.outer_gradients(m, batches, **kw)
     elif method == "il":
-        il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train, val, 1.0)
+        il_gradient((stages, alphas, train, val), 1.0)
     else:
         lease_gradient(problem)
     assert same(before, snapshot(*parts))
@@ -923,11 +969,11 @@ def test_passes_of_a_step():
     assert (testee, tester) == ([4], [6])                          # the tester: 3 x 2 batches
     stages, alphas, train, val = il_problem(3, 2)
     seen = counted(*(stage.net for stage in stages))
-    il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train, val, 1.0)
+    il_gradient((stages, alphas, train, val), 1.0)
     assert seen == [3 * 2 * 3 + 3]
     m, train, val, delta = lease_problem()
     explainer, audience = counted(m.explainer), counted(m.audience)
-    lease.outer_gradient(m, train, val, delta, *lease_ahead(m, train, delta))
+    lease_gradient((m, train, val, delta))
     assert (explainer, audience) == ([10], [4])
 
 
@@ -1125,8 +1171,9 @@ def test_the_readme_has_its_files_and_the_papers_errors():
     assert sum(map(len, readme_commands())) > 20                   # which are tried below
     page = (HERE / "README.md").read_text()
     assert all((HERE / to).exists() for to in re.findall(r"\]\(([^):]+)\)", page))
+    printed = page.split("Printed in the papers")[1].split("</details>")[0].splitlines()
     for name, errors in genotypes.PAPER.items():
-        row, = (line.split(" | ") for line in page.splitlines() if line.startswith(f"| {name} | "))
+        row, = (line.strip("| ").split(" | ") for line in printed if line.startswith(f"| {name} |"))
         assert [cell.split(" (")[0] for cell in row[1:1 + len(errors)]] == list(errors)
 
 
@@ -1142,6 +1189,62 @@ def test_network_sizes_and_auxiliary_head():
         assert network(torch.randn(1, 3, size, size))[1] is None
     wide = evaluate.Network(cell, 8, 7, 3, imagenet=True, size=(64, 64))
     assert wide(torch.randn(2, 3, 64, 64))[1].shape == (2, 7)
+
+
+def test_a_trained_network_in_ones_own_code(tmp_path, monkeypatch, capsys):
+    """The README's lines, whose answers are those that the run was tested by."""
+    monkeypatch.chdir(tmp_path)
+    assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out",
+                      "runs/network") == 0
+    result = json.loads(Path("runs/network/result.json").read_text())
+    block, = [b for b in python_blocks() if "evaluate.load" in b]
+    test, right = ops.synthetic(3, 8, "cpu", test=True), 0
+    for i in range(len(test.labels)):
+        scope = {"image": test.images[i]}
+        exec(block, scope)
+        logits, class_named = scope["logits"], capsys.readouterr().out.splitlines()[-1]
+        right += class_named == test.classes[test.labels[i]]
+    assert 100 * (1 - right / len(test.labels)) == pytest.approx(result["test_error"], abs=1e-3)
+    assert logits.shape == (1, 3) and not scope["network"].training
+    pil = torchvision.transforms.functional.to_pil_image(test.images[-1])
+    assert torch.equal(scope["network"](scope["transform"](pil)[None])[0], logits)
+    before = (Path("runs/network/checkpoint.pt").read_bytes(), capsys.readouterr())[0]
+    assert run_script(evaluate, "--resume", "--device", "cpu", "--out", "runs/network") == 0
+    assert "tested again" in capsys.readouterr().out              # of a run that has ended
+    assert json.loads(Path("runs/network/result.json").read_text()) == result
+    assert Path("runs/network/checkpoint.pt").read_bytes() == before
+    assert run_script(lpt, *TINY, "--epochs", 1, "--out", "runs/search") == 0
+    for folder, word in (("runs/search", "a run of lpt.py"), ("runs/none", "there is no")):
+        with pytest.raises(ops.BadInput, match=word):
+            evaluate.load(folder)
+
+
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+def test_a_fourth_skill():
+    """The README's formulation: its gradients are those of the finite differences of its value."""
+    block, = [b for b in python_blocks() if "def formulation" in b]
+    torch.manual_seed(0)
+    net, theta = SmoothTestee().double(), torch.zeros(20, dtype=torch.float64).requires_grad_()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    train, (x, y, _) = smooth_batches(2)
+    scope = dict(torch=torch, F=F, **{name: getattr(ops, name) for name in (
+        "Stage", "call", "sgd_step", "skillearn")}, net=net, opt=opt, alphas=smooth_alphas(),
+        theta=theta, train=train, val=(x, y))
+    exec(block, scope)
+    (g_theta,), eps, value = scope["g_theta"], 1e-5, {}
+    for row in train[2][:3].tolist():
+        for sign in (1, -1):
+            with torch.no_grad():
+                theta[row] += sign * eps
+            value[sign] = ops.skillearn(*scope["formulation"](*(scope[name] for name in (
+                "net", "opt", "alphas", "theta", "train", "val"))), exact=False)[0][0].item()
+            with torch.no_grad():
+                theta[row] -= sign * eps
+        assert g_theta[row].item() == pytest.approx((value[1] - value[-1]) / (2 * eps), rel=1e-4)
+    assert any(g.abs().max() > 0 for g in scope["g_alpha"])
 
 
 def test_drop_path_drops_whole_paths_and_keeps_the_mean():
@@ -1575,8 +1678,11 @@ def test_tensorboard_has_the_log_and_the_pictures(module, picture, tmp_path, mon
 @pytest.mark.parametrize("module,extra", slow_but({0, 4}, [
     (lpt, [*TINY, "--hold-out", 50]), (lpt, [*TINY, "--ablation", 1]),
     (il, [*SMALL, "--tasks", "synthetic:3", "synthetic:2"]), (lease, TINY),
-    (evaluate, [*TINY, "--arch", "random:1", "--drop-path", 0.5, "--hold-out", 60])]),
-    ids=["lpt", "ablation 1", "il", "lease", "evaluate"])
+    (evaluate, [*TINY, "--arch", "random:1", "--drop-path", 0.5, "--hold-out", 60]),
+    (lpt, [*TINY, "--gradient", "exact", "--created-test", "normalized"]),
+    (il, [*SMALL, "--tasks", "synthetic:3", "--gradient", "exact"]),
+    (lease, [*TINY, "--gradient", "exact"])]), ids=[
+        "lpt", "ablation 1", "il", "lease", "evaluate", "lpt exact", "il exact", "lease exact"])
 def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch):
     """And an uninterrupted one of another seed is another."""
     whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
@@ -1604,6 +1710,7 @@ BAD = [
     (lpt, ["--dataset", "cifar10", "--image-size", 64]), (lpt, ["--dataset", "cifar100"]),
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
+    (lpt, [*TINY, "--gradient", "exact", "--amp", "bf16-all"]),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "full"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
     (il, ["--tasks", "cifar100", "nothing"]),
@@ -1767,7 +1874,7 @@ def test_the_index_of_equations_is_true():
     """Every equation has one line, and the function it names cites it."""
     page = (HERE / "README.md").read_text().split("## Where each equation is")[1].split("\n## ")[0]
     modules = {f"`{m.__name__}.py`": m for m in (lpt, il, lease, ops)}
-    for paper, names, last in (("Skillearn", "LPT|IL", 38), ("LeaSE", "LeaSE", 17)):
+    for paper, names, last in (("Skillearn", "LPT|IL|Skillearn", 38), ("LeaSE", "LeaSE", 17)):
         table, seen = page.split(f"| {paper}, Eq. |")[1].split("\n\n")[0], []
         for line in table.splitlines()[2:]:
             which, file, where = (cell.strip() for cell in line.strip("|").split("|"))
@@ -2222,14 +2329,15 @@ def shared_gradients(method):
         for stage, (x, _) in zip(stages, train):
             settle(stage.net, x, alphas)
         train, val = ([own_part(b) for b in part] for part in (train, val))
-        found = il.outer_gradient(stages, alphas, stage_gradients(stages, alphas, train), train,
-                                  val, 1.0)
+        grads = stage_gradients(stages, alphas, train)
+        found = il.outer_gradient(stages, alphas, train, val, 1.0, grads=grads)
     else:
         m, train, val, delta = lease_problem(supernet=True)
         settle(m.explainer, train[0], m.alphas)
         settle(m.audience, train[0])
         train, val, delta = own_part(train), own_part(val), own_part([delta])[0]
-        found = lease.outer_gradient(m, train, val, delta, *lease_ahead(m, train, delta))
+        found = lease.outer_gradient(m, train, val, delta, 1.0, "signed", 2,
+                                     *lease_ahead(m, train, delta))
     return [t.detach() for part in found for t in (part if isinstance(part, list) else [part])]
 
 
@@ -2388,6 +2496,7 @@ def test_a_strided_reduction_stays_in_its_memory():
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
+@slow
 def test_imagenet_search_and_evaluation(tmp_path, capsys):
     root, run = imagenet_folder(tmp_path / "data"), tmp_path / "run"
     common = ["--dataset", "imagenet", "--data", root, "--image-size", 64, "--layers", 3,
@@ -2484,11 +2593,12 @@ def abroad(replace, host):
     replace(nn.Module, "to", move)
     replace(torch, "Generator", lambda device="cpu": generator())
     for module in ("torch.optim.sgd", "torch.optim.adam"):         # as on a GPU
-        replace(sys.modules[module], "_default_to_fused_or_foreach", lambda *args, **kwargs: (False, True))
+        replace(sys.modules[module], "_default_to_fused_or_foreach", lambda *args, **kw: (False,
+                                                                                          True))
     replace(ops, "start", lambda args: FOREIGN)
     replace(ops, "autocast", lambda *args: contextlib.nullcontext())
     replace(ops, "write_checkpoint", lambda *args: None)
-    replace(ops, "prune", lambda alphas, keep: pruned(keep))       # the made up alphas are equal
+    replace(ops, "prune", lambda alphas, keep: pruned(keep))
 
 
 def steps_abroad(module, argv, folder):
@@ -2509,12 +2619,13 @@ def steps_abroad(module, argv, folder):
     return found
 
 
-WAITS = {"lpt": 9, "il": 11, "lease": 7, "evaluate": 3}            # of a step's host; never more
+# how often a step's host waits; the last one of an epoch, once more than these for its foresight
+WAITS = {"lpt": 9, "il": 11, "lease": 7, "evaluate": 3}
 
 
 @pytest.mark.parametrize("method,base", [
-    *(pytest.param(m, b, marks=[] if (m, b) in (("lpt", "pdarts"), ("il", "darts-2nd"),
-                                                ("lease", "pcdarts")) else slow)
+    *(pytest.param(m, b, marks=[] if (m, b) in (("lpt", "darts-2nd"), ("lease", "darts-1st"))
+                   else slow)
       for m in METHODS for b in ops.BASES), ("evaluate", "")])
 def test_a_foreign_device_is_all_that_a_step_uses(method, base, tmp_path):
     module, given = RUNS[method]
@@ -2523,7 +2634,8 @@ def test_a_foreign_device_is_all_that_a_step_uses(method, base, tmp_path):
     changes += ["--base", base, "--warm-up", 0] if base else []
     found = steps_abroad(module, [*given, "--batch-size", 100, *changes, "--epochs", 1], tmp_path)
     assert len(found) == {"pdarts": 3, "": 2}.get(base, 1)
-    assert max(waits for waits, _ in found) <= WAITS[method] and min(c for _, c in found) > 100
+    assert max(waits for waits, _ in found) <= WAITS[method] + bool(base)
+    assert min(calls for _, calls in found) > 100
 
 
 def test_a_foreign_device_is_guarded():
@@ -2663,6 +2775,7 @@ assert test_smoke.run_script(test_smoke.evaluate, "--arch", out + "/s/genotype.j
 START = ["fork", "spawn", "forkserver"]
 
 
+@slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process")
 def test_reading_processes_however_they_start(tmp_path, monkeypatch):
     """A search and an evaluation on ImageNet end with the same bits; the processes are kept."""
@@ -2672,7 +2785,7 @@ def test_reading_processes_however_they_start(tmp_path, monkeypatch):
         started.append(process), begin(process)))
     before, monkey = multiprocessing.get_start_method(), [*SMALL[2:], "--image-size", 64]
     common = ["--dataset", "imagenet", "--data", root, *monkey, "--epochs", 2]
-    for method in START if os.environ.get("RUN_SLOW") else ["spawn"]:
+    for method in START:
         multiprocessing.set_start_method(method, force=True)
         for workers in (0, 1):
             at = tmp_path / f"{method}{workers}"
@@ -2687,6 +2800,26 @@ def test_reading_processes_however_they_start(tmp_path, monkeypatch):
     multiprocessing.set_start_method(before, force=True)
     first, *others = found.values()
     assert all(same(a, b) for other in others for a, b in zip(first, other))
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_reader_carries_nothing_of_a_run(tmp_path, monkeypatch):
+    """Into a process that is started afresh; which is kept from one pass to the next."""
+    started, begin = [], multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda process: (
+        started.append(process), begin(process)))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    root, rows = imagenet_folder(tmp_path, 4), np.arange(12)
+    here, there = (ops.load_images("imagenet", root, "cpu", 64, workers=n) for n in (0, 1))
+    streams = [ops.Stream(data, rows, 4, 1, "train") for data in (here, there)]
+    for step in (0, 1, 5):
+        assert same(*([*stream(step)] for stream in streams))
+    for _ in range(2):
+        for (x, _), (y, _) in zip(ops.batches(here, rows, 5), ops.batches(there, rows, 5)):
+            assert torch.equal(x, y)
+    assert len(started) == 2
+    multiprocessing.set_start_method(before, force=True)
 
 
 def test_no_context_on_a_gpu_that_is_not_used(tmp_path, monkeypatch):
