@@ -594,8 +594,8 @@ def grad(loss: Tensor, *groups: list[Tensor], shared: bool = True):
     """Return d loss / d each tensor of each group, a list per group (the list itself where there is
     one); touches no .grad.
 
-    Every gradient of the methods is taken here, and averaged over the processes, each of which has
-    its part of the batch; shared=False: the tensors are this process's own, as LeaSE's delta.
+    Every gradient of the algorithms is taken here, and averaged over the processes, each of which
+    has its part of the batch; shared=False: the tensors are this process's own, as LeaSE's delta.
     """
     grads = list(torch.autograd.grad(loss, [t for group in groups for t in group]))
     if shared and world_size() > 1:
@@ -672,12 +672,13 @@ class Stage(NamedTuple):
     """A learning stage k of the general form, Skillearn Eq. 1 (and its Table 1)."""
     name: str
     parameters: list[Tensor]            # W_k, the active learnable parameters
-    loss: Callable                      # (W_k, learned) -> L_k + gamma_k I_k
+    loss: Callable                      # (W_k, learned) -> L_k + gamma_k I_k (IL's I_k is in step)
     step: Callable                      # (W_k, its gradient, learned) -> W'_k
 
 
 def skillearn(stages: list[Stage], validation: Callable, remaining: list[list], exact=True):
-    """Take one iteration of Skillearn's Algorithm 1 by exact differentiation.
+    """Differentiate exactly what an iteration of Skillearn's Algorithm 1 minimises (Eq. 1 prints a
+    maximum, §2.3 a minimum); no parameter moves.
 
     Every stage takes one step on its loss, given `learned`, the W'_j of the stages before it by
     their names; validation(learned) is the objective and whatever else is to be returned;
@@ -821,15 +822,13 @@ class ImageSet(Images):
     def read(self, requests):
         for request in requests:
             rows = torch.from_numpy(request.rows[request.part]).to(self.device)
-            yield self.batch(rows, request), self.labels[rows], rows
+            x = self.images[rows]
+            x = self.normalised(x) if request.key is None else self.augmented(x, request)
+            yield x, self.labels[rows], rows
 
-    def batch(self, rows: Tensor, request: Request | None = None) -> Tensor:
-        """Return the images `rows`, normalised. With a keyed request each is cropped out of its
-        zero-padded self (by 1/8: 4 pixels at 32), flipped by even odds and, if asked, loses a
-        square."""
-        x = self.images[rows]
-        if request is None or request.key is None:
-            return self.normalised(x)
+    def augmented(self, x: Tensor, request: Request) -> Tensor:
+        """Return images x, each cropped out of its zero-padded self (by 1/8: 4 pixels at 32),
+        flipped by even odds, normalised and, if asked, without a square."""
         rng, (H, W), N = np.random.default_rng(request.key), self.size, len(request.rows)
 
         def draw(high):                                           # for the whole batch; (n, 1)
@@ -875,9 +874,6 @@ class ImageFiles(Images):
     def pixels(self, rows) -> Tensor:
         """Return the images `rows` as they are, (N, 3, H, W) uint8 on the CPU."""
         return Reading(self.folder, self.side).read(Request(torch.as_tensor(rows).cpu().numpy()))
-
-    def batch(self, rows) -> Tensor:
-        return self.normalised(self.pixels(rows).to(self.device))
 
     def reader(self):
         requests = Sampler()

@@ -5,11 +5,11 @@ arXiv 2012.04863), on DARTS. K learners of K tasks share an architecture and lea
 rounds; each turn's encoder is pulled towards the one before it.
 
     min_A  sum_k L(A, W_k^(M)(A), H_k^(M)(A), D_k^val)                                   Eq. 31, 32
-    s.t.   W*_l, H*_l = argmin  L(A, W_l, H_l, D^tr) + lambda |W_l - W*_(l-1)|^2          Eq. 29, 30
+    s.t.   W*_l, H*_l = argmin  L(A, W_l, H_l, D_k^tr) + lambda |W_l - W*_(l-1)|^2        Eq. 29, 30
     for the stages l = 1 ... MK: tasks 1 ... K of round 1, then of round 2, ... (Eq. 28)
 
-    A  alphas     architecture, shared             D_k^tr   x, y      a stream per stage
-    W  encoder    encoder weights, per stage       D_k^val  x, y      a stream per task
+    A  alphas     architecture, shared             D_k^tr   train[l]  (x, y), a stream per stage
+    W  encoder    encoder weights, per stage       D_k^val  val[k]    (x, y), a stream per task
     H  head       a stage's linear head            W', H'   ahead     one step ahead, W bar, H bar
     lambda        lam, --coupling                  eta      eta       the stages' learning rate
 
@@ -22,9 +22,9 @@ Departures from the printed equations:
    move apart about fourfold a step. The default is the proximal step on the same objective,
    (W - eta grad L + 2 eta lambda W'_(l-1)) / (1 + 2 eta lambda), which is stable for every
    lambda and equals Eq. 35 to first order in eta. --step printed is Eq. 35.
-2. In either, eta in 2 eta lambda is that of the step that momentum mu makes of it in the end,
-   eta / (1 - mu). The pull acts outside the optimizer; with eta alone lambda would act as (1 - mu)
-   lambda, and the learners would settle elsewhere than Eq. 30 says.
+2. In both steps 2 eta lambda is divided by 1 - mu. Under a constant gradient momentum's steps grow
+   to eta / (1 - mu), and the pull acts outside the optimizer: undivided, the learners would settle
+   where Eq. 30 with (1 - mu) lambda says.
 3. All rounds' heads learn, as Eq. 30 has it; Algorithm 3's step 4 names those of round M alone.
 4. The gradients that make W' are also those that train W, as in Algorithm 3's order (weights, then
    A); DARTS has A first and takes the weights' gradient again.
@@ -90,7 +90,7 @@ class Learner:
         return self.opt.param_groups[0]["lr"]
 
     def pull(self, lam: float) -> float:
-        """2 eta lambda, of the step that momentum makes of eta in the end (departure 2)."""
+        """Return 2 eta lambda / (1 - mu) (departure 2)."""
         return 2 * self.eta * lam / (1 - self.opt.param_groups[0]["momentum"])
 
 
@@ -108,13 +108,13 @@ def loss_of(learner: Learner, weights, batch, alphas):
     return F.cross_entropy(call(learner.net, weights, x, alphas), y)
 
 
-def coupled(stepped, w, before, pull, step):
+def coupled(stepped, w, before, pull, rule):
     """Return a stage's encoder W'_l after its coupled step (IL Eq. 33).
 
     stepped: after the optimizer's step on L, from w; before: W'_(l-1), the stage before's; pull:
     Learner.pull.
     """
-    if step == "printed":
+    if rule == "printed":
         return [s - pull * (t - b) for s, t, b in zip(stepped, w, before)]        # IL Eq. 35
     return [(s + pull * b) / (1 + pull) for s, b in zip(stepped, before)]         # departure 1
 
@@ -122,7 +122,7 @@ def coupled(stepped, w, before, pull, step):
 # ------------------------------------------------------------------------------------ formulation
 
 
-def formulation(learners, alphas, train, val, lam, step="proximal", order=2):
+def formulation(learners, alphas, train, val, lam, rule="proximal", order=2):
     """Return IL in Skillearn's general form: the stages (its Tables 13 and 14), the objective of
     the validation stage (Table 15) and the remaining parameters, A. lam 0, one round: JL."""
     def stage(l, learner):
@@ -130,25 +130,25 @@ def formulation(learners, alphas, train, val, lam, step="proximal", order=2):
             encoder, head = split(ops.sgd_step(learner.opt, g))                   # IL Eq. 34, 36
             if l and lam:
                 encoder = coupled(encoder, split(w)[0], split(learned[l - 1])[0],
-                                  learner.pull(lam), step)                        # IL Eq. 35
+                                  learner.pull(lam), rule)                        # IL Eq. 35
             return encoder + head if order == 2 else detached(encoder + head)
 
-        def loss(w, learned):
+        def loss(w, learned):              # L alone: advance applies the pull of Eq. 30
             return loss_of(learner, w, train[l], alphas)
 
         return ops.Stage(l, learner.weights, loss, advance)                       # IL Eq. 29, 30
 
     def validation(learned):
-        last_round = len(learners) - len(val)
-        return [sum(loss_of(learner, learned[last_round + k], val[k], alphas)
-                    for k, learner in enumerate(learners[last_round:]))]          # IL Eq. 31, 32
+        first = len(learners) - len(val)                       # stage of the last round
+        return [sum(loss_of(learner, learned[first + k], val[k], alphas)
+                    for k, learner in enumerate(learners[first:]))]          # IL Eq. 31, 32
 
     return [stage(l, learner) for l, learner in enumerate(learners)], validation, [alphas]
 
 
 def exact_gradient(*problem):
-    """Return what outer_gradient does, by exact differentiation of the formulation, with whose
-    arguments it is called."""
+    """Return what outer_gradient does, by exact differentiation of the formulation;
+    problem: formulation's arguments."""
     (J,), g_alpha = ops.skillearn(*formulation(*problem))
     return g_alpha, J.detach()
 
@@ -156,35 +156,36 @@ def exact_gradient(*problem):
 # -------------------------------------------------------------------------------------- algorithm
 
 
-def look_ahead(learners, grads, lam, step):
+def look_ahead(learners, grads, lam, rule):
     """Return the weights of every stage one step ahead, W'_l and H'_l, as leaves."""
     ahead = []
-    for l, (learner, g) in enumerate(zip(learners, grads)):
+    for l, (learner, g) in enumerate(zip(learners, grads, strict=True)):
         encoder, head = split(virtual_weights(learner.opt, g))                    # IL Eq. 34, 36
         if l and lam:
             with torch.no_grad():
                 encoder = coupled(encoder, split(learner.weights)[0], split(ahead[-1])[0],
-                                  learner.pull(lam), step)                        # IL Eq. 35
+                                  learner.pull(lam), rule)                        # IL Eq. 35
             encoder = [w.requires_grad_() for w in encoder]
         ahead.append(encoder + head)
     return ahead
 
 
-def outer_gradient(learners, alphas, train, val, lam, step="proximal", order=2, grads=(),
-                   radius=1e-2):
+def outer_gradient(learners, alphas, train, val, lam, rule, order, grads, radius=1e-2):
     """Return dJ/dA of J = sum_k L(A, W_k^(M), H_k^(M), D_k^val), one step of every stage ahead, by
     finite differences.
 
     train: a batch (x, y) per stage; val: per task; grads: per stage, dL/d(W, H) on train. order 1
-    keeps the direct part. Returns (gradients of alphas, J). Changes no state.
+    keeps the direct part, taken one step ahead, as Algorithm 3 has it, not at W as DARTS' first
+    order. Returns (gradients of alphas, J). Changes no state.
     """
     # Stages 1 ... MK: one step each
-    ahead = look_ahead(learners, grads, lam, step)
+    ahead = look_ahead(learners, grads, lam, rule)
 
     # Validation stage: the learners of the last round; u_l = dJ / d(W'_l, H'_l)
-    last_round, J, g_alpha = len(learners) - len(val), 0.0, [torch.zeros_like(a) for a in alphas]
-    u = [[torch.zeros_like(w) for w in weights] for weights in ahead[:last_round]]
-    for learner, weights, batch in zip(learners[last_round:], ahead[last_round:], val):
+    first = len(learners) - len(val)                           # stage of the last round
+    J, g_alpha = 0.0, [torch.zeros_like(a) for a in alphas]
+    u = [[torch.zeros_like(w) for w in weights] for weights in ahead[:first]]
+    for learner, weights, batch in zip(learners[first:], ahead[first:], val):
         loss = loss_of(learner, weights, batch, alphas)
         g, v = grad(loss, alphas, weights if order == 2 else [])
         g_alpha = [a + b for a, b in zip(g_alpha, g)]                             # IL Eq. 37
@@ -193,11 +194,11 @@ def outer_gradient(learners, alphas, train, val, lam, step="proximal", order=2, 
     if order == 1:
         return g_alpha, J
 
-    # The sweep back over the stages: the chain that Eq. 37 asks for; not in the paper
-    for l in reversed(range(0 if lam else last_round, len(learners))):
+    # The sweep back over the stages: the chain rule within Eq. 37, which the paper does not print
+    for l in reversed(range(0 if lam else first, len(learners))):
         learner, pull = learners[l], learners[l].pull(lam) if l else 0.0
         encoder, head = split(u[l])
-        if pull and step == "proximal":
+        if pull and rule == "proximal":
             encoder = [t / (1 + pull) for t in encoder]        # dW'_l / d(the step on L)
 
         def grad_alpha(w):
@@ -211,7 +212,7 @@ def outer_gradient(learners, alphas, train, val, lam, step="proximal", order=2, 
     return g_alpha, J
 
 
-def update_weights(learners, grads, losses, lam, step, clip=None, at="{}".format):
+def update_weights(learners, grads, losses, lam, rule, clip=None, at="{}".format):
     """Take every stage's step, in order, each pulled towards the stage before: the steps that
     look_ahead returns, but for clipping."""
     before = None
@@ -221,7 +222,7 @@ def update_weights(learners, grads, losses, lam, step, clip=None, at="{}".format
         descend(learner.opt, g, at(f"learner {l + 1}"), losses[l], clip)
         if l and lam:
             with torch.no_grad():
-                new = coupled(encoder, w, before, learner.pull(lam), step)        # IL Eq. 35
+                new = coupled(encoder, w, before, learner.pull(lam), rule)        # IL Eq. 35
                 for t, value in zip(encoder, new):
                     t.copy_(value)
         before = detached(encoder)
@@ -265,7 +266,7 @@ def main(argv=None):
                 losses, grads = [], []
                 for learner, (x, y) in zip(learners, train):
                     with ops.autocast(device, args.amp != "off"):
-                        loss = F.cross_entropy(learner.net(x, alphas), y)         # IL Eq. 29, 30
+                        loss = F.cross_entropy(learner.net(x, alphas), y)         # IL Eq. 29
                     grads.append(grad(loss, learner.weights))
                     losses.append(loss.detach())
 

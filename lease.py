@@ -10,14 +10,14 @@ hang on; an audience learns from the marked images; the explainer's architecture
            E*     = argmin  L(E, A, D_e^tr)                                                Eq. 1
 
     A  alphas     architecture of the explainer    D_e^tr = D_a^tr    x, y      train stream
-    E  e          weights of the explainer         D_e^val = D_a^val  x, y      val stream
+    E  e          weights of the explainer         D_e^val = D_a^val  x_val, y_val    val stream
     W  w          weights of the audience          delta, delta'      delta, explanation
     E', W'        e_virtual, w_virtual             gamma              gamma
 
     python lease.py --dataset cifar100 --audience resnet18
 
 Departures from the printed equations:
-1. Eq. 7 descends O_Delta, which Eq. 2 maximises; here it ascends.
+1. Eq. 7 descends O_Delta, which Eq. 2 maximises; here it ascends: Eq. 15's minus is a plus.
 2. Delta starts at random, near zero, in every step, where Algorithm 1 goes on from the step before:
    at zero the gradient of O_Delta is zero, and crops and flips are new in every step.
 3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, so that delta' has
@@ -27,7 +27,7 @@ Departures from the printed equations:
    O_Delta: nearly all of the audience's gradient. It is kept, from the same two passes.
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.
 6. The last difference, for Eq. 11 and 17, is one along the explainer's and the audience's parts of
-   v_e together; it is linear in its direction.
+   v_e together: the product that it approximates is linear in its direction.
 7. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
    the steps are the actual optimizers', before clipping: momentum and weight decay included.
 8. x in delta' . x is the normalised image, as the networks see it.
@@ -90,14 +90,15 @@ def explanation_objective(explainer, alphas, e, x, delta):
     """Return O_Delta = sum l(f(x + delta; E), f(x; E)), l(a, b) = - sum b log a."""
     log_a = F.log_softmax(call(explainer, e, x + delta, alphas), 1)
     b = F.softmax(call(explainer, e, x, alphas), 1)
-    return -(b * log_a).sum()                                                     # LeaSE Eq. 2
+    return -(b * log_a).sum()                                                # LeaSE Eq. 2
 
 
 def step_sizes(g):
     """Return xi_Delta per image, (N, 1, 1, 1): with it the step along g has a root mean square of
     1; 0 where g is 0."""
     norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return torch.where(norm > 0, g[0].numel() ** 0.5 / norm, 0)                   # departure 3
+    norm = torch.where(norm > 0, norm, torch.inf)
+    return g[0].numel() ** 0.5 / norm                                        # departure 3
 
 
 def explain(explainer, alphas, e, x, delta):
@@ -105,13 +106,13 @@ def explain(explainer, alphas, e, x, delta):
     delta = delta.detach().requires_grad_()
     objective = explanation_objective(explainer, alphas, detached(e), x, delta)
     g, = grad(objective, [delta], shared=False)
-    return (delta + step_sizes(g) * g).detach(), step_sizes(g)                    # LeaSE Eq. 7
+    return (delta + step_sizes(g) * g).detach(), step_sizes(g)               # LeaSE Eq. 7
 
 
 def audience_loss(audience, explanation, x, y, weighting):
     """Return mean l(f(delta' . x; W), t); audience(x) gives logits."""
     weight = explanation.abs() if weighting == "magnitude" else explanation
-    return F.cross_entropy(audience(weight * x), y)                               # LeaSE Eq. 3
+    return F.cross_entropy(audience(weight * x), y)                          # LeaSE Eq. 3
 
 
 # ------------------------------------------------------------------------------------ formulation
@@ -123,7 +124,7 @@ def formulation(m: Learners, train, val, delta, gamma=1.0, weighting="signed", o
     (x, y), (x_val, y_val) = train, val
 
     def explainer_loss(e, learned):
-        return F.cross_entropy(call(m.explainer, e, x, m.alphas), y)              # LeaSE Eq. 1
+        return F.cross_entropy(call(m.explainer, e, x, m.alphas), y)         # LeaSE Eq. 1
 
     def explanation_loss(delta, learned):                      # which its step ascends
         return explanation_objective(m.explainer, m.alphas, learned["explainer"], x, *delta)
@@ -133,17 +134,17 @@ def formulation(m: Learners, train, val, delta, gamma=1.0, weighting="signed", o
 
     def validation(learned):
         J = F.cross_entropy(call(m.explainer, learned["explainer"], x_val, m.alphas), y_val)
-        heard = F.cross_entropy(call(m.audience, learned["audience"], x_val), y_val)
-        return [J + gamma * heard]                                                # LeaSE Eq. 5
+        audience_val = F.cross_entropy(call(m.audience, learned["audience"], x_val), y_val)
+        return [J + gamma * audience_val]                                    # LeaSE Eq. 5
 
     def explainer_step(e, g, learned):
-        return ops.sgd_step(m.explainer_opt, g) if order == 2 else detached(e)    # LeaSE Eq. 6
+        return ops.sgd_step(m.explainer_opt, g) if order == 2 else detached(e)  # LeaSE Eq. 6
 
     def explanation_step(delta, g, learned):
-        return [delta[0] + step_sizes(g[0]) * g[0]]                               # LeaSE Eq. 7
+        return [delta[0] + step_sizes(g[0]) * g[0]]                          # LeaSE Eq. 7
 
     def audience_step(w, g, learned):
-        return ops.sgd_step(m.audience_opt, g)                                    # LeaSE Eq. 8
+        return ops.sgd_step(m.audience_opt, g)                               # LeaSE Eq. 8
 
     e, w = list(m.explainer.parameters()), list(m.audience.parameters())
     stages = [ops.Stage("explainer", e, explainer_loss, explainer_step),
@@ -155,7 +156,7 @@ def formulation(m: Learners, train, val, delta, gamma=1.0, weighting="signed", o
 
 def exact_gradient(*problem):
     """Return what outer_gradient does but for the audience's share, by exact differentiation of the
-    formulation, with whose arguments it is called."""
+    formulation; problem: formulation's arguments."""
     (J,), g_alpha = ops.skillearn(*formulation(*problem))
     return g_alpha, J.detach()
 
@@ -167,8 +168,9 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
                    xi_delta, grads_w, radius=1e-2):
     """Return dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val), by finite differences.
 
-    train, val: batches (x, y); delta: start of the perturbations; order 1: E' is E, a constant. One
-    step ahead: E', delta' with its step sizes, the gradients of W.
+    train, val: batches (x, y); delta: start of the perturbations; e_virtual: E', or at order 1 E, a
+    constant; explanation, xi_delta: delta' (N, 3, H, W) and its step sizes (N, 1, 1, 1); grads_w:
+    of W on train, which make W'.
     Returns (gradients of alphas, J, |audience's direct part| / |explainer's|). Changes no state.
     """
     (x, y), (x_val, y_val) = train, val
@@ -177,15 +179,15 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
 
     # Stage 4: the explainer validates itself
     loss = F.cross_entropy(call(m.explainer, e_virtual, x_val, m.alphas), y_val)  # LeaSE Eq. 9
-    g_alpha, v_e = grad(loss, m.alphas, e_wanted)                                 # LeaSE Eq. 10
+    g_alpha, v_e = grad(loss, m.alphas, e_wanted)                            # LeaSE Eq. 10
     J, share = loss.detach(), torch.zeros_like(loss)
 
-    # The audience validates itself, and v goes back along W', Delta', E'
+    # The audience validates itself, and v_w goes back: to v_delta, then to A and v_e
     if gamma:
-        w_virtual = virtual_weights(m.audience_opt, grads_w)                      # LeaSE Eq. 8
+        w_virtual = virtual_weights(m.audience_opt, grads_w)                 # LeaSE Eq. 8
         loss = F.cross_entropy(call(m.audience, w_virtual, x_val), y_val)
-        v_w = grad(gamma * loss, w_virtual)                                       # LeaSE Eq. 12
-        J = J + gamma * loss.detach()                                             # LeaSE Eq. 9
+        v_w = grad(gamma * loss, w_virtual)                                  # below LeaSE Eq. 11
+        J = J + gamma * loss.detach()                                        # LeaSE Eq. 9
 
         def grad_delta(w):
             at = explanation.clone().requires_grad_()
@@ -194,8 +196,9 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
 
         xi_w = m.audience_opt.param_groups[0]["lr"]
         product, = central_difference(grad_delta, w, v_w, radius)
-        v_delta = -xi_w * product                                                 # LeaSE Eq. 13
-        unit = (explanation - delta) / x[0].numel() ** 0.5     # xi_Delta depends on A: departure 3
+        v_delta = -xi_w * product                                            # LeaSE Eq. 12, 13
+        # d(xi g) = xi (1 - unit unit^T) dg, as xi = sqrt(CHW) / |g|: departure 3
+        unit = (explanation - delta) / x[0].numel() ** 0.5     # g / |g|
         v_delta = v_delta - unit * (unit * v_delta).sum((1, 2, 3), keepdim=True)
 
         def grad_alpha_e(at):
@@ -204,10 +207,10 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
 
         product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta], radius,
                                      shared=False)
-        by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]             # LeaSE Eq. 15
+        by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 14, 15
         share = nn.utils.get_total_norm(by_a) / nn.utils.get_total_norm(g_alpha)
-        g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                          # departure 4
-        v_e = [v + p for v, p in zip(v_e, by_e)]                                  # LeaSE Eq. 14
+        g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                     # departure 4
+        v_e = [v + p for v, p in zip(v_e, by_e)]
 
     # Both parts go on through E'
     if order == 2:
@@ -215,8 +218,8 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
             return grad(F.cross_entropy(call(m.explainer, e, x, m.alphas), y), m.alphas)
 
         xi_e = m.explainer_opt.param_groups[0]["lr"]
-        product = central_difference(grad_alpha, e, v_e, radius)                  # LeaSE Eq. 17
-        g_alpha = [g - xi_e * p for g, p in zip(g_alpha, product)]                # LeaSE Eq. 11, 16
+        product = central_difference(grad_alpha, e, v_e, radius)             # LeaSE Eq. 11
+        g_alpha = [g - xi_e * p for g, p in zip(g_alpha, product)]           # LeaSE Eq. 10, 16, 17
     return g_alpha, J, share
 
 
@@ -239,7 +242,6 @@ def main(argv=None):
     w = list(audience.parameters())
     audience_opt = torch.optim.SGD(w, args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
-    shown = torch.as_tensor(train_rows[:8], device=device)     # in explanations-EPOCH.png
 
     for stage in ops.stages(run):                              # several in P-DARTS: a new explainer
         (explainer,), (explainer_opt,), alphas, alpha_opt = ops.new_stage(
@@ -260,13 +262,14 @@ def main(argv=None):
 
                 # Algorithm 1, 1. and 2.: one step ahead of E, Delta and W
                 with ops.autocast(device, args.amp != "off"):
-                    loss = F.cross_entropy(explainer(x, alphas), y)               # LeaSE Eq. 1
+                    loss = F.cross_entropy(explainer(x, alphas), y)          # LeaSE Eq. 1
                     grads_e = grad(loss, e)
-                    e_virtual = (virtual_weights(explainer_opt, grads_e) if args.order == 2
-                                 else detached(e))                                # LeaSE Eq. 6
+                    e_virtual = detached(e)
+                    if args.order == 2:
+                        e_virtual = virtual_weights(explainer_opt, grads_e)  # LeaSE Eq. 6
                     explanation, xi_delta = explain(explainer, alphas, e_virtual, x, delta)
                     loss_w = audience_loss(audience, explanation, x, y, args.weighting)
-                    grads_w = grad(loss_w, w)                                     # LeaSE Eq. 8
+                    grads_w = grad(loss_w, w)                                # LeaSE Eq. 8
 
                 # 3. A's step, through the steps that E, Delta and W are about to take; then theirs
                 if learns:
@@ -289,11 +292,12 @@ def main(argv=None):
                 # by the batches' statistics: the running ones are of explanations, not of images
                 accuracy_w, = ops.accuracies(lambda x: call(audience, w, x), data, val_rows,
                                              args.batch_size)
-                x = data.batch(shown)
+                (x, _), = ops.batches(data, train_rows[:8], 8)
                 delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
                 explanation, _ = explain(explainer, alphas, e, x, delta)
             ops.end_epoch(run, alphas, val_accuracy=accuracy, audience_val_accuracy=accuracy_w)
-            run.picture("explanations", explanations(data, shown, explanation), 128, keep=True)
+            run.picture("explanations", explanations(data, train_rows[:8], explanation), 128,
+                        keep=True)
 
     ops.print_next(run)
 
@@ -304,13 +308,13 @@ def main(argv=None):
 def explanations(data, rows, explanation):
     """Return the images `rows` and |delta'| of them, by itself and laid over the grey image, as
     rows of a picture; explanation (N, 3, H, W)."""
-    images, labels = data.pixels(rows).cpu(), data.labels.cpu()[rows.cpu()]
+    images, labels = data.pixels(rows).cpu(), data.labels.cpu()[rows]
     heat = explanation.cpu().abs().mean(1)                                # (N, H, W)
     top = heat.flatten(1).quantile(0.99, 1).view(-1, 1, 1).clamp_min(1e-12)
     h = 3 * heat / top                                         # black, red, yellow, white
     colour = 255 * torch.stack([h, h - 1, h - 2], 1).clamp(0, 1)
-    share = (h / 3).clamp(0, 1)[:, None]
-    overlay = (1 - share) * images.float().mean(1, keepdim=True) + share * colour
+    opacity = (h / 3).clamp(0, 1)[:, None]
+    overlay = (1 - opacity) * images.float().mean(1, keepdim=True) + opacity * colour
     return {"Images": [(image, data.classes[y]) for image, y in zip(images, labels)],
             "|delta'|": [(t.byte(), "") for t in colour],
             "The same over the image": [(t.byte(), "") for t in overlay]}

@@ -20,8 +20,8 @@ learning from; the testee's architecture learns to pass the test.
 Departures from the printed equations:
 1. Eq. 23 leaves out the direct dependence of f on C, which Eq. 24 keeps; it is kept in both. Eq. 16
    leaves out the 1/sum f of the R that A descends, which Eq. 9 and 15 have; it is kept.
-2. Eq. 22 prints a difference for E and one for X, Eq. 23 and 24 more of them. A central difference
-   is linear in its direction, so one joint difference along (u_E, u_X) gives their sum.
+2. Eq. 22 prints a difference for E and one for X, Eq. 23 and 24 more of them. The product that they
+   approximate is linear in its direction, so one joint difference along (u_E, u_X) gives the sum.
 3. A and C step on one evaluation of the objective; Algorithm 2 prints them one after the other.
 4. Eq. 13 sums over the bank; here it is the mean over the bank's mini-batch, as of every loss.
 5. W' and (E', X') are one step of the actual optimizer, before clipping: momentum and weight decay
@@ -122,7 +122,8 @@ def tester_loss(tester, creator, batches, gamma, ablation, created="printed"):
 
 
 def validation_objective(m: Learners, w, ex, batches, lam, ablation):
-    """Return J = R - lambda L(E, X, D_er^val) at the weights w and ex = (E, X), R, and f (N,)."""
+    """Return (J, R, f), J = R - lambda L(E, X, D_er^val), at the weights w and ex = (E, X); f
+    (N,)."""
     _, (x_bank, y_bank, rows), (x_val, y_val, _) = batches
     if ablation == 1:
         f, tester_val_loss = torch.sigmoid(m.creator[0])[rows], 0.0               # LPT Eq. 25
@@ -167,8 +168,8 @@ def formulation(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=0, c
 
 
 def exact_gradients(*problem):
-    """Return what outer_gradients does, by exact differentiation of the formulation, with whose
-    arguments it is called."""
+    """Return what outer_gradients does, by exact differentiation of the formulation;
+    problem: formulation's arguments."""
     (_, R, f), (g_alpha, g_creator) = ops.skillearn(*formulation(*problem))
     return g_alpha, g_creator, R.detach(), f.detach().mean()
 
@@ -188,10 +189,11 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
     w, ex_virtual = list(m.testee.parameters()), []
 
     # Stage I: the testee learns one step
-    w_virtual, v_wanted = detached(w), []
+    w_virtual, w_wanted = detached(w), []
     if order == 2:
         loss = F.cross_entropy(call(m.testee, w, x, m.alphas), y)
-        w_virtual = v_wanted = virtual_weights(m.testee_opt, grad(loss, w))       # LPT Eq. 6
+        w_virtual = virtual_weights(m.testee_opt, grad(loss, w))                  # W' of LPT Eq. 16
+        w_wanted = w_virtual
 
     # Stage II: the tester learns one step from its data and the created test
     if ablation != 1:
@@ -202,7 +204,7 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
 
     # Validation stage: one evaluation and one backward pass serve A and C
     J, R, f = validation_objective(m, w_virtual, ex_virtual, batches, lam, ablation)
-    g_alpha, g_creator, v, u = grad(J, m.alphas, m.creator, v_wanted, ex_virtual)
+    g_alpha, g_creator, v, u = grad(J, m.alphas, m.creator, w_wanted, ex_virtual)
 
     # dJ/dA through W': v = dJ/dW'
     if order == 2:
@@ -221,8 +223,8 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
             return grad(created_test_loss(m.creator, logits, features, y_bank, created), m.creator)
 
         xi = m.tester_opt.param_groups[0]["lr"]
-        product = central_difference(grad_creator, ex, u, radius)                 # LPT Eq. 20-22
-        g_creator = [g - gamma * xi * p for g, p in zip(g_creator, product)]      # LPT Eq. 23, 24
+        product = central_difference(grad_creator, ex, u, radius)                 # LPT Eq. 22
+        g_creator = [g - gamma * xi * p for g, p in zip(g_creator, product)]      # LPT Eq. 20-24
     return g_alpha, g_creator, R.detach(), f.detach().mean()
 
 
@@ -274,14 +276,14 @@ def main(argv=None):
                     problem = (m, batches, args.order, args.lam, args.gamma, args.ablation,
                                args.created_test)
                     with ops.autocast(device, args.amp == "bf16-all"):
-                        g_alpha, g_creator, R, f = (
+                        g_alpha, g_creator, R, mean_f = (
                             exact_gradients(*problem) if args.gradient == "exact" else
                             outer_gradients(*problem, args.radius))
                     with ops.foresight(run, formulation(*problem), alphas, g_alpha):
                         descend(alpha_opt, g_alpha, run.at("the architecture"), R)
                     g_creator = [-g.to_sparse() if args.ablation == 1 else -g for g in g_creator]
                     descend(creator_opt, g_creator, run.at("the creator"))
-                    figures = {"difficulty": R, "selection": f}
+                    figures = {"difficulty": R, "selection": mean_f}
 
                 # 3. The tester's E and X
                 if args.ablation != 1:
@@ -303,8 +305,8 @@ def main(argv=None):
                 accuracy, = ops.accuracies(lambda x: testee(x, alphas), data, val_rows,
                                            args.batch_size)
                 if args.ablation != 1:
-                    f, hits = score_bank(tester, creator, data, val_rows, args.batch_size)
-                    figures["tester_val_accuracy"] = hits
+                    f, figures["tester_val_accuracy"] = score_bank(tester, creator, data, val_rows,
+                                                                   args.batch_size)
             ops.end_epoch(run, alphas, val_accuracy=accuracy, **figures)
             run.picture("tests", tests(data, val_rows, f.cpu()))
 
