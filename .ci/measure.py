@@ -1,7 +1,8 @@
 """Print the measurements that the README reports; the checks are in test_smoke.py.
 
     python .ci/measure.py --bench [--device cuda] [--peers DIR] [--data DIR]
-    python .ci/measure.py --terms [--data DIR DIR]
+    python .ci/measure.py --worth [--data DIR DIR]
+    python .ci/measure.py --calls
     python .ci/measure.py --labels 3 [--data DIR]
     python .ci/measure.py --soak
 
@@ -9,18 +10,19 @@
           per-edge supernet (and, with --peers, beside the originals), the least time that the
           device's own rates allow such a step, and 1 - cosine of each method's outer gradient at
           lower precision with float64's.
---terms   the second-order terms in a reduced search: their share of the gradient, the error of
-          the central difference by its radius, and the cosine with the exact gradient.
+--worth   how well gradients of A by several ways predict the change of the objective where A moves,
+          and how far the objective falls along each, in reduced searches.
+--calls   the operator calls of a first step of each script at the defaults' sizes.
 --labels  whether LPT's tester weighs wrong labels less, for several lambda, as AUC over seeds.
 --soak    a line per script after 150 kills (or as many as given), how many of 2,000 damages of a
           checkpoint are seen, and how memory grows in 180 steps.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib
 import itertools
-import math
 import statistics
 import subprocess
 import sys
@@ -48,7 +50,7 @@ import il
 import lease
 import lpt
 import test_smoke as tests
-from test_smoke import cosine, difference, relative_error
+from test_smoke import cosine
 
 # ------------------------------------------------------------------------ other people's networks
 
@@ -98,7 +100,7 @@ def lpt_step(m, alpha_opt, creator_opt, batches):
 
 def il_step(stages, alphas, alpha_opt, train, val):
     grads = tests.stage_gradients(stages, alphas, train)
-    g, _ = il.outer_gradient(stages, alphas, grads, train, val, 100.0)
+    g, _ = il.outer_gradient(stages, alphas, train, val, 100.0, "proximal", 2, grads)
     il.update_weights(stages, grads, [torch.zeros(())] * len(grads), 100.0, "proximal", clip=5.0)
     ops.descend(alpha_opt, g)
 
@@ -356,13 +358,14 @@ def bench_precision(data_dir, device):
                 with ops.autocast(device, train):
                     grads = tests.stage_gradients(stages, a, [(x, y)] * 2)
                 with ops.autocast(device, outer):
-                    return il.outer_gradient(stages, a, grads, [(x, y)] * 2, [val], 100.0)[:1]
+                    return il.outer_gradient(stages, a, [(x, y)] * 2, [val], 100.0,
+                                             "proximal", 2, grads)[:1]
             m = lease.Learners(mine[0], a, opts[0], his, opts[1])
             delta = lease.random_delta(x.shape, 0.01, device, 1, 0).to(dtype)
             with ops.autocast(device, train):
                 ahead = tests.lease_ahead(m, (x, y), delta)
             with ops.autocast(device, outer):
-                return lease.outer_gradient(m, (x, y), val, delta, *ahead)[:1]
+                return lease.outer_gradient(m, (x, y), val, delta, 1.0, "signed", 2, *ahead)[:1]
 
         exact, found = gradients(torch.float64, False, False), {}
         for name, (train, outer) in settings.items():
@@ -389,92 +392,215 @@ def reduced_search(module, argv, *patches):
         module.main([*argv, *REDUCED, "--out", folder])
 
 
-def widen(part):
-    """Make float64 in place: learners, their optimizers' buffers, tensors, and what holds them."""
-    if isinstance(part, nn.Module):
-        widen([*part.parameters(), *part.buffers()])
-    elif isinstance(part, torch.optim.Optimizer):
-        for state in part.state.values():
-            state["momentum_buffer"] = state["momentum_buffer"].double()
-    elif isinstance(part, torch.Tensor):
-        part.data = part.data.double() if part.is_floating_point() else part.data
-    elif isinstance(part, (list, tuple, lpt.Learners, il.Learner, lease.Learners)):
-        for each in part if isinstance(part, (list, tuple)) else vars(part).values():
-            widen(each)
+MOVES = 4.5e-3, 0.09        # Adam's first step along 2 x 14 x 8 alphas, at rates 3e-4 and 6e-3
 
 
-def lpt_terms(gradients, m, batches, order, lam, gamma, ablation, radius):
-    def exact(wide):
-        return tests.exact_lpt(*wide, order, lam, gamma, ablation)
-
-    def ours(radius, wide=(m, batches)):
-        return gradients(*wide, order, lam, gamma, ablation, radius)[:2]
-    return (m, batches), exact, ours
+class Enough(Exception):
+    """Ends a search that has been watched for long enough."""
 
 
-def il_terms(gradient, stages, alphas, grads, train, val, lam, step, order, radius):
-    def exact(wide):
-        return [[part] for part in tests.exact_il(*wide, lam, step)]
-
-    def ours(radius, wide=None):
-        at = wide or (stages, alphas, train, val)
-        g = tests.stage_gradients(*at[:3]) if wide else grads
-        return [gradient(*at[:2], g, *at[2:], lam, step, order, radius)[0]]
-    return (stages, alphas, train, val), exact, ours
+def vector(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def lease_terms(gradient, m, train, val, delta, *rest):
-    *ahead, gamma, weighting, order, radius = rest
+def by_difference(module, problem, radius=1e-2, order=2, gamma=None, farther=1):
+    """Return A's gradient by a method's difference code; gamma replaces LeaSE's, farther multiplies
+    the radius of the difference along its delta."""
+    problem, ahead = list(problem), []
+    problem[2 if module is lpt else 6] = order
+    if module is il:
+        ahead = [tests.stage_gradients(*problem[:3])]
+    elif module is lease:
+        problem[4] = problem[4] if gamma is None else gamma
+        ahead = tests.lease_ahead(problem[0], problem[1], problem[3], *problem[5:])
 
-    def exact(wide):
-        return [[part] for part in tests.exact_lease(*wide, gamma, weighting, order)]
+    def differ(grad_at, w, v, radius, shared=True):
+        return ops.central_difference(grad_at, w, v, radius * (1 if shared else farther), shared)
 
-    def ours(radius, wide=None):
-        at = wide or (m, train, val, delta)
-        ready = tests.lease_ahead(at[0], at[1], at[3], weighting, order) if wide else ahead
-        return [gradient(*at, *ready, gamma, weighting, order, radius)[0]]
-    return (m, train, val, delta), exact, ours
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "central_difference", differ)
+        outer = lpt.outer_gradients if module is lpt else module.outer_gradient
+        return vector(outer(*problem, *ahead, radius)[0])
 
 
-def study_terms(folders, radii=(1e-8, 1e-3, 1e-2)):
-    """Print what the second-order terms are in a search, and how far the differences are from the
-    exact derivative in float64: medians over three steps at the start, middle and end."""
-    print("| | exact share | error at " + " | ".join(f"{r:g}" for r in radii)
-          + " | as searched: share | error | cosine |\n|" + "---|" * (5 + len(radii)), flush=True)
+def worth(values, alphas, parts, count, seed):
+    """Yield (part, row, column, number): how well gradients predict the objectives that values()
+    returns, one per part, where A moves.
+
+    parts: name -> {column: gradient}. R2 and correlation are over `count` random directions; what
+    the kinks add, the same to all of them where it is the start's, lowers R2 alone.
+    """
+    start, base = vector(alphas), values()
+
+    def changes(move):
+        nn.utils.vector_to_parameters(start + move, alphas)
+        return [(moved - before).item() for moved, before in zip(values(), base)]
+
+    generator = torch.Generator().manual_seed(seed)
+    directions = F.normalize(torch.randn(count, len(start), generator=generator))
+    for length in MOVES:
+        true = torch.tensor([changes(length * d) for d in directions])
+        for (part, gradients), t in zip(parts.items(), true.T):
+            for column, g in gradients.items():
+                predicted = length * directions @ g
+                missed = (t - predicted).square().sum() / (t - t.mean()).square().sum()
+                yield part, f"R2, moves of {length:g}", column, 1 - missed.item()
+                correlation = torch.corrcoef(torch.stack([t, predicted]))[0, 1].item()
+                yield part, f"correlation, moves of {length:g}", column, correlation
+    for i, (part, gradients) in enumerate(parts.items()):
+        for column, g in gradients.items():
+            yield part, f"descent of {length:g}: promised", column, -length * g.norm().item()
+            yield part, "true", column, changes(-length * F.normalize(g, dim=0))[i]
+            yield part, "norm of the gradient", column, g.norm().item()
+            yield part, "its cosine with exact", column, cosine([g], [gradients["exact"]])
+
+
+def plain_case(module, problem):
+    """Return what worth takes, of LPT and IL."""
+    stages, validation, (alphas, *_) = module.formulation(*problem)
+    exact = lpt.exact_gradients if module is lpt else il.exact_gradient
+    gradients = {"order 1": by_difference(module, problem, order=1),
+                 "exact": vector(exact(*problem)[0]),
+                 **{f"{r:g}": by_difference(module, problem, r) for r in (0.01, 0.1, 1)}}
+    if module is lpt:                    # the tester learns the same wherever A is: once is enough
+        tester = []
+        ops.skillearn(stages, lambda learned: [tester.append(learned["tester"])], [], exact=False)
+        testee, validate = stages[0], validation
+        stages, validation = [testee], lambda learned: validate(learned | {"tester": tester[0]})
+    return lambda: ops.skillearn(stages, validation, [], exact=False)[0][:1], alphas, {
+        "objective": gradients}
+
+
+def lease_case(problem):
+    """Return what worth takes, of LeaSE: its objective, and the audience's part of it alone."""
+    m, _, (x, y), _, gamma, *_ = problem
+    (explainer, *others), validation, (alphas,) = lease.formulation(*problem)
+    sizes = lease.step_sizes
+
+    def own(learned):
+        return [F.cross_entropy(ops.call(m.explainer, learned["explainer"], x, m.alphas), y)]
+
+    def values():
+        def both(learned):
+            (J,), (mine,) = validation(learned), own(learned)
+            return [J, J - mine, mine]
+        return ops.skillearn([explainer, *others], both, [], exact=False)[0]
+
+    whole = {"order 1": by_difference(lease, problem, order=1),
+             "exact": vector(lease.exact_gradient(*problem)[0])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "step_sizes", lambda g: sizes(g).detach())
+        whole["exact, xi held"] = vector(lease.exact_gradient(*problem)[0])
+    exact = vector(ops.skillearn([explainer], own, [alphas])[1])
+    without = {"exact": exact, "exact, xi held": exact,
+               "order 1": by_difference(lease, problem, order=1, gamma=0.0)}
+    for r in (0.01, 0.1, 1):
+        whole[f"{r:g}"] = by_difference(lease, problem, r)
+        without[f"{r:g}"] = by_difference(lease, problem, r, gamma=0.0)
+    heard = {column: g - without[column] for column, g in whole.items()}
+    for total in (1, 10, 100):
+        g = by_difference(lease, problem, farther=100 * total)
+        heard[f"0.01, of delta {total}"] = g - without["0.01"]
+    return values, alphas, {"objective": whole, "the audience's part": heard,
+                            "the explainer's part": {"exact": exact}}
+
+
+def study_worth(folders, count=12, batches=5, *moments):
+    """Print what gradients of A are worth to a search: R2 of the change that they predict where A
+    moves in random directions, and how far it falls along minus themselves; mean and deviation over
+    consecutive steps' batches, after so many steps of a reduced search. All in its float32."""
     tasks = [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
-    one = ["--dataset", tasks[0]]
-    n = len(ops.load_images(tasks[0], None, "cpu", 16).labels) // 2
-    last = math.ceil(n / int(REDUCED[REDUCED.index("--batch-size") + 1]))
-    for name, module, function, terms, argv in (
-            ("LPT", lpt, "outer_gradients", lpt_terms, one),
-            ("IL", il, "outer_gradient", il_terms, ["--tasks", *tasks]),
-            ("LeaSE", lease, "outer_gradient", lease_terms, one)):
-        real, step, found = getattr(module, function), itertools.count(1), {}
+    moments, one = moments or (0, 50, 200), ["--dataset", tasks[0]]
+    for name, module, argv in (("LPT", lpt, one), ("LeaSE", lease, one),
+                               ("IL", il, ["--tasks", *tasks])):
+        function = "outer_gradients" if module is lpt else "outer_gradient"
+        real, step, found = getattr(module, function), itertools.count(), {}
+
+        def measure(now, problem):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, function, real)
+                scales = (0.01, 0.3) if module is lease else ("",)
+                for scale in scales:
+                    at = list(problem)
+                    if scale:
+                        at[3] = at[3] * scale / 0.01
+                    case = lease_case(at) if scale else plain_case(module, at)
+                    for part, row, column, value in worth(*case, count, now):
+                        title = f"{part}{scale and f', start {scale}'}"
+                        rows = found.setdefault(title, {}).setdefault(row, {})
+                        rows.setdefault(column, []).append(value)
 
         def watched(*args):
             now = next(step)
-            when = next((w for w, first in (("start", 1), ("middle", last // 2), ("end", last - 2))
-                         if first <= now < first + 3), None)
-            if when:
-                parts, exact, ours = terms(real, *args)
-                wide = copy.deepcopy(parts)
-                widen(wide)
-                totals, directs = exact(wide)
-                tries = [ours(radius, wide) for radius in radii] + [ours(args[-1])]
-                for i, (t, d) in enumerate(zip(totals, directs)):
-                    term = difference(t, d)
-                    line = [relative_error(d, t)]
-                    line += [relative_error(difference(g[i], d), term) for g in tries[:-1]]
-                    mine = [g.double() for g in tries[-1][i]]
-                    line += [relative_error(d, mine), relative_error(difference(mine, d), term),
-                             cosine(mine, t)]
-                    found.setdefault((when, "AC"[i]), []).append(line)
+            when = next((w for w in moments if w <= now < w + batches), None)
+            if when is not None:
+                measure(now, copy.deepcopy(args[:7]))
+                if now == when + batches - 1:
+                    print_worth(f"{name} after {when} steps", found)
+                    found.clear()
+                if now == moments[-1] + batches - 1:
+                    raise Enough
             return real(*args)
 
-        reduced_search(module, [*argv, "--epochs", "1"], (module, function, watched))
-        for (when, player), lines in sorted(found.items(), key=lambda item: item[0][1]):
-            middle = [f"{statistics.median(column):.2g}" for column in zip(*lines)]
-            print(f"| {name}, {player}, {when} | " + " | ".join(middle) + " |", flush=True)
+        with contextlib.suppress(Enough):
+            reduced_search(module, [*argv, "--epochs", "20"], (module, function, watched))
+
+
+def print_worth(title, found):
+    """Print a table for each part of an objective."""
+    for part, rows in found.items():
+        columns = list(next(iter(rows.values())))
+        sys.stdout.write(f"| {title}: {part} | " + " | ".join(columns) + " |\n"
+                         + "|" + "---|" * (len(columns) + 1) + "\n")
+        for row, cells in rows.items():
+            sys.stdout.write(f"| {row} | " + " | ".join(
+                f"{statistics.mean(v):.3g}" + (f" ± {statistics.stdev(v):.1g}" if v[1:] else "")
+                for v in cells.values()) + " |\n")
+        sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+class Operators(tests.Host):
+    """Leave out of the calls the questions that run nothing, as for a tensor's device."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        before = self.calls
+        out = super().__torch_dispatch__(op, types, args, kwargs)
+        if op.namespace == "prim":
+            self.calls = before
+        return out
+
+
+def count_calls():
+    """Print the operator calls of a first step at the defaults' sizes, and how often its host waits
+    for the device, as a Markdown table."""
+    size = ["--image-size", 32, "--epochs", 1]
+    search = [*size, "--layers", 8, "--channels", 16, "--batch-size", 64, "--warm-up", 0]
+    one, many = ["--dataset", "synthetic:10"], ["--tasks", "synthetic:10", "synthetic:5"]
+    synthetic = ops.synthetic
+
+    def few(*args, **kw):
+        """Images for one step."""
+        data = synthetic(*args, **kw)
+        data.images, data.labels = data.images[:128], data.labels[:128]
+        return data
+
+    print("| a step of | calls | waits |\n|---|---|---|", flush=True)
+    for name, module, argv in (
+            ("lpt", lpt, [*one, *search]),
+            ("lpt --base pcdarts", lpt, [*one, *search, "--base", "pcdarts"]),
+            ("il, one task and round", il, [*many[:2], "--rounds", 1, *search]),
+            ("il", il, [*many, *search]),
+            ("lease", lease, [*one, *search]),
+            ("evaluate", evaluate, [*one, "--arch", "DARTS_V2", "--batch-size", 96, *size])):
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "synthetic", few)
+            patch.setattr(ops.Run, "last_step", lambda run: False)     # which looks at A's step too
+            patch.setattr(tests, "Host", Operators)
+            patch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *args: True)
+            patch.setattr("builtins.print", lambda *args, **kw: None)
+            waits, calls = tests.steps_abroad(module, argv, Path(folder))[0]
+        print(f"| {name} | {calls} | {waits} |", flush=True)
 
 
 LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5", "1", "2", "5"))]
@@ -546,8 +672,10 @@ def get_args():
     parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
     add = parser.add_argument
     add("--bench", action="store_true", help="print the tables of speed, memory and precision")
-    add("--terms", action="store_true",
-        help="how large the second-order terms are in a search, and how exact")
+    add("--worth", type=int, nargs="*", metavar="N",
+        help="how well gradients of A predict the objective in a search, and descend it: random "
+             "directions, batches, then steps of the search (12 5 0 50 200)")
+    add("--calls", action="store_true", help="print the operator calls of a step at the defaults")
     add("--labels", type=int, metavar="SEEDS",
         help="how LPT's tester weighs wrong labels, for several lambda")
     add("--soak", type=int, nargs="?", const=150, metavar="KILLS",
@@ -560,9 +688,10 @@ def get_args():
         help="ImageFolder trees of 32-pixel images; IL takes all, others the first")
     add("--memory-of", metavar="STEP", help="the MiB that one step of --bench adds: 'LPT: ours'")
     args = parser.parse_args()
-    if not (args.bench or args.terms or args.labels or args.soak or args.memory_of):
-        parser.error("give --bench, --terms, --labels or --soak; the tests are python -m pytest "
-                     "test_smoke.py")
+    worth = args.worth is not None
+    if not (args.bench or worth or args.calls or args.labels or args.soak or args.memory_of):
+        parser.error("give --bench, --worth, --calls, --labels or --soak; the tests are python -m "
+                     "pytest test_smoke.py")
     return args
 
 
@@ -574,8 +703,10 @@ def main():
         bench_speed(args.device, args.peers)
         bench_floor(args.device)
         bench_precision(args.data and args.data[0], args.device)
-    if args.terms:
-        study_terms(args.data)
+    if args.worth is not None:
+        study_worth(args.data, *args.worth)
+    if args.calls:
+        count_calls()
     if args.labels:
         study_labels(args.data, args.labels)
     if args.soak:
