@@ -104,7 +104,7 @@ def step_sizes(g):
 def explain(explainer, alphas, e, x, delta):
     """Return delta' (N, 3, H, W), one ascent step on O_Delta from delta, and its step sizes."""
     delta = delta.detach().requires_grad_()
-    objective = explanation_objective(explainer, alphas, detached(e), x, delta)
+    objective = explanation_objective(explainer, detached(alphas), detached(e), x, delta)
     g, = grad(objective, [delta], shared=False)
     return (delta + step_sizes(g) * g).detach(), step_sizes(g)               # LeaSE Eq. 7
 
@@ -243,6 +243,8 @@ def main(argv=None):
     audience_opt = torch.optim.SGD(w, args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
 
+    shown = train_rows[::-(-len(train_rows) // 8)]             # up to eight, from all classes
+
     for stage in ops.stages(run):                              # several in P-DARTS: a new explainer
         (explainer,), (explainer_opt,), alphas, alpha_opt = ops.new_stage(
             run, [num_classes], device)
@@ -292,12 +294,11 @@ def main(argv=None):
                 # by the batches' statistics: the running ones are of explanations, not of images
                 accuracy_w, = ops.accuracies(lambda x: call(audience, w, x), data, val_rows,
                                              args.batch_size)
-                (x, _), = ops.batches(data, train_rows[:8], 8)
+                (x, _), = ops.batches(data, shown, 8)
                 delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
                 explanation, _ = explain(explainer, alphas, e, x, delta)
             ops.end_epoch(run, alphas, val_accuracy=accuracy, audience_val_accuracy=accuracy_w)
-            run.picture("explanations", explanations(data, train_rows[:8], explanation), 128,
-                        keep=True)
+            run.picture("explanations", explanations(data, shown, explanation), 128, keep=True)
 
     ops.print_next(run)
 
