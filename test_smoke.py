@@ -1497,6 +1497,8 @@ def make_small(replace=setattr):
 
 @pytest.fixture(autouse=True)
 def small_runs(request, monkeypatch):
+    if os.environ.get("RUN_SLOW") == "only" and slow.mark not in request.node.iter_markers():
+        pytest.skip("RUN_SLOW=only: the slow cases, for who has run the others")
     torch.set_num_threads(1)            # networks this small do not gain by a second, which waits
     if "tmp_path" in request.fixturenames:
         make_small(monkeypatch.setattr)
