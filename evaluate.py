@@ -75,15 +75,13 @@ class Cell(nn.Module):
 def auxiliary_head(C, num_classes, size):
     """Return a second classifier, for training only, on the features after the second reduction and
     its ReLU, of size (H, W)."""
-    if min(size) < 2:
-        raise ops.BadInput("--image-size: the last maps are one pixel wide; --no-auxiliary trains "
-                           "without the auxiliary head")
     # two windows a side: the published ones at 8 pixels (CIFAR) and 7 (ImageNet), elsewhere those
-    # of AdaptiveAvgPool2d(2), which has no deterministic gradient on a GPU
+    # of AdaptiveAvgPool2d(2), which itself has no deterministic gradient on a GPU (a single pixel)
     window, stride = zip(*[(5, n - 5) if n in (7, 8) else ((n + 1) // 2, n // 2) for n in size])
+    pool = nn.AvgPool2d(window, stride) if min(size) > 1 else nn.AdaptiveAvgPool2d(2)
     return nn.Sequential(
-        nn.AvgPool2d(window, stride), nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128),
-        nn.ReLU(), nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
+        pool, nn.Conv2d(C, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
+        nn.Conv2d(128, 768, 2, bias=False), nn.BatchNorm2d(768), nn.ReLU(), nn.Flatten(),
         nn.Linear(768, num_classes))
 
 
