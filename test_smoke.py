@@ -252,12 +252,12 @@ def twins(C=4, num_classes=5, layers=3, dtype=torch.float64, kept=ops.ALL, parti
     return net, naive, alphas
 
 
-@pytest.mark.parametrize("size,options", [                        # maps of
+@pytest.mark.parametrize("size,options", slow_but({0, 3, 5, 7, 9}, [    # maps of
     (16, {}), (12, dict(layers=4)), (8, dict(layers=6)),          # 16..4, 12..3, 8..2
     (16, dict(kept=pruned(5))), (12, dict(kept=pruned(3, 1), layers=5)),           # P-DARTS
     (16, dict(partial=4, C=8)), (16, dict(partial=2, layers=4)),  # PC-DARTS
     (16, dict(auxiliary=True)), (12, dict(auxiliary=True, layers=6)),              # DARTS-
-    (64, dict(imagenet=True, partial=4, C=8)), (40, dict(imagenet=True))],
+    (64, dict(imagenet=True, partial=4, C=8)), (40, dict(imagenet=True))]),
     ids=lambda v: str(v)[:40])
 def test_supernet_is_the_per_edge_one(size, options):
     net, naive, alphas = twins(**options)
@@ -579,15 +579,16 @@ def il_error(problem, lam, step, module=il, radius=1e-2):
 
 
 @pytest.mark.parametrize("step", ["proximal", "printed"])
-@pytest.mark.parametrize("lam", [0.0, 1.0, 10.0, 100.0])
-@pytest.mark.parametrize("M", [1, 2, 3])
-@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize("lam", slow_but({0, 2}, [0.0, 1.0, 10.0, 100.0]))
+@pytest.mark.parametrize("M", slow_but({1}, [1, 2, 3]))
+@pytest.mark.parametrize("K", slow_but({1}, [1, 2, 3]))
 def test_il_gradient_on_the_smooth_network(K, M, lam, step):
     for radius, bound in RADII.items():
         assert il_error(il_problem(K, M), lam, step, radius=radius) < bound
 
 
-@pytest.mark.parametrize("step,lam", slow_but({0}, [("proximal", 100.0), ("printed", 1.0)]))
+@slow
+@pytest.mark.parametrize("step,lam", [("proximal", 100.0), ("printed", 1.0)])
 def test_il_gradient_on_the_supernet(step, lam):
     assert il_error(il_problem(2, 2, supernet=True), lam, step, radius=1e-8) < 1e-4
 
@@ -717,7 +718,8 @@ def test_lease_gradient_on_the_smooth_network(weighting):
         assert max(lease_errors(lease_problem(), radius=radius, weighting=weighting)) < 20 * bound
 
 
-@pytest.mark.parametrize("terms", slow_but({0}, ["the total", "each by itself"]))
+@slow
+@pytest.mark.parametrize("terms", ["the total", "each by itself"])
 def test_lease_gradient_on_the_supernet_with_resnet18(terms):
     problem = lease_problem(supernet=True)
     if terms == "the total":
@@ -1006,7 +1008,7 @@ PARAMS = {                              # millions: cifar10, cifar100, imagenet
 }
 
 
-@pytest.mark.parametrize("name", genotypes.PUBLISHED)
+@pytest.mark.parametrize("name", slow_but({1, 9}, list(genotypes.PUBLISHED)))
 def test_parameter_counts(name, capsys):
     counts = []
     for dataset in ("cifar10", "cifar100", "imagenet"):
@@ -1559,8 +1561,9 @@ def search(method, *argv):
 
 
 @pytest.mark.parametrize("method,base", [
-    pytest.param(method, base, marks=() if method == ("lpt", "lease", "il")[i % 3] else slow)
-    for method in METHODS for i, base in enumerate(ops.BASES)])
+    pytest.param(method, base, marks=() if (method, base) in (("lpt", "pcdarts"), ("il", "pdarts"))
+                 else slow)
+    for method in METHODS for base in ops.BASES])
 def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys):
     seen, new_stage = [], ops.new_stage
     monkeypatch.setattr(ops, "new_stage", lambda *a: seen.append(new_stage(*a)) or seen[-1])
@@ -1946,6 +1949,7 @@ def test_the_commands_of_the_readme(block, tmp_path, monkeypatch, capsys):
             assert run_script(module, *argv) == 0, (script, argv, capsys.readouterr().err)
 
 
+@slow
 def test_scripts_stand_alone():
     """Importing does nothing; --help works."""
     strict = ["-W", "error", "-W", "ignore::ResourceWarning"]      # torch 2.6 leaves a folder open
@@ -2400,7 +2404,8 @@ def test_two_processes_have_one_process_gradients(method, tmp_path_factory):
         assert relative_error([(first + second) / 2], [one]) < 1e-10, i    # a loss is averaged
 
 
-@pytest.mark.parametrize("job", slow_but({0}, list(RUNS)))
+@slow
+@pytest.mark.parametrize("job", list(RUNS))
 def test_two_processes_stay_equal(job, tmp_path):
     small = [*RUNS[job][1], *(["--tasks", "synthetic:3", "--rounds", 2] if job == "il" else []),
              "--batch-size", 20 if job != "evaluate" else 40, "--epochs", 2]
@@ -2633,8 +2638,7 @@ WAITS = {"lpt": 9, "il": 11, "lease": 7, "evaluate": 3}
 
 
 @pytest.mark.parametrize("method,base", [
-    *(pytest.param(m, b, marks=[] if (m, b) in (("lpt", "darts-2nd"), ("lease", "darts-1st"))
-                   else slow)
+    *(pytest.param(m, b, marks=[] if (m, b) == ("lease", "darts-1st") else slow)
       for m in METHODS for b in ops.BASES), ("evaluate", "")])
 def test_a_foreign_device_is_all_that_a_step_uses(method, base, tmp_path):
     module, given = RUNS[method]
@@ -2656,9 +2660,9 @@ def test_a_foreign_device_is_guarded():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("options", [{}, dict(partial=4, C=8), dict(auxiliary=True),
-                                     dict(kept=pruned(5)), dict(imagenet=True)],
-                         ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize("options", slow_but({0, 1}, [
+    {}, dict(partial=4, C=8), dict(auxiliary=True), dict(kept=pruned(5)), dict(imagenet=True)]),
+    ids=lambda v: str(v)[:20])
 def test_one_layout_per_device(layout, options, monkeypatch):
     """Every map that a BatchNorm sees lies in the device's layout."""
     monkeypatch.setattr(ops, "memory_format", lambda device: layout)
@@ -2759,6 +2763,7 @@ def test_a_maximum_that_drops_nan_does_not_hide_it(monkeypatch):
     test_descend_refuses_what_is_not_finite()
 
 
+@slow
 def test_without_what_windows_lacks(tmp_path):
     """A search and an evaluation where these are not there."""
     code = f"""
