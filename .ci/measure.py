@@ -560,17 +560,6 @@ def print_worth(title, found):
     sys.stdout.flush()
 
 
-class Operators(tests.Host):
-    """Leave out of the calls the questions that run nothing, as for a tensor's device."""
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        before = self.calls
-        out = super().__torch_dispatch__(op, types, args, kwargs)
-        if op.namespace == "prim":
-            self.calls = before
-        return out
-
-
 def count_calls():
     """Print the operator calls of a first step at the defaults' sizes, and how often its host waits
     for the device, as a Markdown table."""
@@ -596,8 +585,6 @@ def count_calls():
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setattr(ops, "synthetic", few)
             patch.setattr(ops.Run, "last_step", lambda run: False)     # which looks at A's step too
-            patch.setattr(tests, "Host", Operators)
-            patch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *args: True)
             patch.setattr("builtins.print", lambda *args, **kw: None)
             waits, calls = tests.steps_abroad(module, argv, Path(folder))[0]
         print(f"| {name} | {calls} | {waits} |", flush=True)
