@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from genotypes import PRIMITIVES, BadInput, Genotype, to_json, to_svg, weights_svg
+from genotypes import PRIMITIVES, BadInput, Genotype, search_svg, to_json, to_svg
 
 try:
     import resource
@@ -582,7 +582,7 @@ def end_epoch(run, alphas: list[Tensor], **figures: float):
     cell, title = decode(alphas, args.max_skips), f"{args.out.name}, epoch {len(history)}"
     write(args.out / "genotype.json", to_json(cell))
     write(args.out / "cells.svg", to_svg(cell, title))
-    write(args.out / "weights.svg", weights_svg([line["mean_weights"] for line in history], title))
+    write(args.out / "search.svg", search_svg(history, title))
 
 
 # -------------------------------------------------------------------------------------- gradients

@@ -10,6 +10,7 @@ states; the output concatenates nodes. A genotype lists (operation, input state)
 """
 
 import argparse
+import html
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -273,7 +274,8 @@ def to_text(cell: Genotype) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"max_pool_3x3": "#b5651d", "avg_pool_3x3": "#c9971c", "skip_connect": "#7a7f87",
+COLOURS = {"none": "#c2497d", "skip_connect": "#7a7f87",
+           "max_pool_3x3": "#b5651d", "avg_pool_3x3": "#c9971c",
            "sep_conv_3x3": "#2f6fbb", "sep_conv_5x5": "#1d4e89",
            "dil_conv_3x3": "#2e8b6f", "dil_conv_5x5": "#1c6350"}
 
@@ -315,45 +317,60 @@ def to_svg(cell: Genotype, title: str) -> str:
     return svg(title, "\n".join(parts), width, y0 + 10)
 
 
-def weights_svg(history: list[dict], title: str) -> str:
-    """Return the operations' mean weights over the epochs of a search as a standalone SVG.
+HUES = ["#2f6fbb", "#b5651d", "#2e8b6f", "#8250df", "#c2497d"]       # lines that are no operation
 
-    history: per epoch {"normal": 8 weights, "reduce": 8 weights}, in the order of PRIMITIVES.
+
+def search_svg(history: list[dict], title: str) -> str:
+    """Return how a search went as a standalone SVG: accuracies, losses, what the architecture does.
+
+    history: a dictionary per epoch, as in log.jsonl; mean_weights in the order of PRIMITIVES.
     """
-    left, right, height, parts = 56, 440, 190, []
-    values = [value for line in history for kind in line for value in line[kind] if value > 0]
-    low, top = min(values) - 0.005, max(values) + 0.005
-    for k, kind in enumerate(("normal", "reduce")):
-        y0 = 56 + k * (height + 62)
-        parts.append(f'<text x="18" y="{y0 - 20}" class="h">{kind} cell</text>'
-                     f'<path d="M{left} {y0}V{y0 + height}H{right}" class="w"/>'
-                     f'<text x="{right}" y="{y0 + height + 20}" class="t">epoch '
-                     f'{len(history)}</text>')
-        for i in range(4):
-            value = low + (top - low) * i / 3
-            parts.append(f'<text x="{left - 8}" y="{y0 + height * (1 - i / 3) + 4:.1f}" class="t">'
-                         f'{value:.3f}</text>')
-        final = history[-1][kind]
-        order = sorted(range(len(PRIMITIVES)), key=lambda o: -final[o])
-        for place, o in enumerate(order):
-            colour, y = COLOURS.get(PRIMITIVES[o], "#c2497d"), y0 + 12 + 22 * place
-            points = [(left + (right - left) * (e + 1) / len(history),
-                       y0 + height * min(1, (top - line[kind][o]) / (top - low)))
-                      for e, line in enumerate(history)]
-            path = " ".join(f"{x:.1f},{py:.1f}" for x, py in points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" '
-                         f'stroke-width="2.2" class="o"/>'
-                         f'<circle class="o" cx="{points[-1][0]:.1f}" '
-                         f'cy="{points[-1][1]:.1f}" r="3.5" fill="{colour}"/>'
-                         f'<circle class="o" cx="{right + 26}" cy="{y - 4.5}" r="5.5" '
-                         f'fill="{colour}"/>'
-                         f'<text x="{right + 40}" y="{y}">{PRIMITIVES[o]} {final[o]:.3f}</text>')
-    return svg(title, "\n".join(parts), right + 200, 2 * (height + 62) + 44)
+    def figures(*endings):
+        return {name.replace("_", " "): [line.get(name) for line in history]
+                for name in history[-1] if name.split()[0].endswith(endings)}  # IL's name a task
+
+    charts = {"accuracy": figures("accuracy"), "loss": figures("loss", "difficulty"),
+              "entropy of α, nats": figures("alpha_entropy"),
+              "skip connections": figures("skip_connections")}
+    for kind in ("normal", "reduce"):
+        charts[f"{kind} cell, mean weights"] = {
+            name: [line["mean_weights"][kind][o] for line in history]
+            for o, name in enumerate(PRIMITIVES)}
+    parts = [chart(24 + 490 * (i % 2), 66 + 220 * (i // 2), name, lines)
+             for i, (name, lines) in enumerate(charts.items())]
+    return svg(title, "\n".join(parts), 980, 66 + 220 * 3)
+
+
+def chart(left: float, top: float, title: str, lines: dict[str, list]) -> str:
+    """Return a chart with its legend, 450 x 200, for an SVG; lines: name -> a value per epoch, or
+    None."""
+    values = [v for line in lines.values() for v in line if v is not None]
+    low, high, height, width = min(values), max(values), 140, 240
+    low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
+    x0, y0, n = left + 40, top + 14, max(map(len, lines.values()))
+    parts = [f'<text x="{left}" y="{top}" class="h">{title}</text>'
+             f'<path d="M{x0} {y0}V{y0 + height}H{x0 + width}" class="w"/>'
+             f'<text x="{x0 + width}" y="{y0 + height + 18}" class="t">epoch {n}</text>']
+    for value, y in ((high, y0 + 10), (low, y0 + height)):
+        parts.append(f'<text x="{x0 - 6}" y="{y}" class="t">{value:.3g}</text>')
+    order = sorted(lines, key=lambda name: -lines[name][-1])
+    for i, name in enumerate(order):
+        points = [(x0 + width * (epoch + 1) / n, y0 + height * (high - value) / (high - low))
+                  for epoch, value in enumerate(lines[name]) if value is not None]
+        colour = COLOURS.get(name) or HUES[list(lines).index(name) % len(HUES)]
+        path, y = " ".join(f"{x:.1f},{y:.1f}" for x, y in points), y0 + 10 + 18 * i
+        parts.append(f'<g class="o" fill="{colour}" stroke="{colour}">'
+                     f'<polyline points="{path}" fill="none" stroke-width="2"/>'
+                     f'<circle cx="{points[-1][0]:.1f}" cy="{points[-1][1]:.1f}" r="3"/>'
+                     f'<circle cx="{x0 + width + 14}" cy="{y - 4.5}" r="4.5"/></g>'
+                     f'<text x="{x0 + width + 24}" y="{y}">{html.escape(name.split("/")[-1])} '
+                     f'{lines[name][-1]:.3g}</text>')
+    return "".join(parts)
 
 
 def svg(title: str, body: str, width: float, height: float) -> str:
     """Return a drawing with the styles of this file, for light and dark backgrounds."""
-    title = title.replace("&", "&amp;").replace("<", "&lt;")
+    title = html.escape(title)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
 width="{width}" height="{height}">
 <title>{title}</title>

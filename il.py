@@ -38,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import darts_ops as ops
-from darts_ops import call, central_difference, descend, detached, grad, virtual_weights
+from darts_ops import call, central_difference, descend, detached, grad
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -119,6 +119,16 @@ def coupled(stepped, w, before, pull, rule):
     return [(s + pull * b) / (1 + pull) for s, b in zip(stepped, before)]         # departure 1
 
 
+def one_step(learner: Learner, g, before, lam, rule):
+    """Return W'_l and H'_l, a stage's weights after one step (IL Eq. 33) along g, its gradient of
+    L; before: W'_(l-1) and H'_(l-1), None in the first stage."""
+    encoder, head = split(ops.sgd_step(learner.opt, g))                           # IL Eq. 34, 36
+    if before and lam:
+        encoder = coupled(encoder, split(learner.weights)[0], split(before)[0],
+                          learner.pull(lam), rule)                                # IL Eq. 35
+    return encoder + head
+
+
 # ------------------------------------------------------------------------------------ formulation
 
 
@@ -127,11 +137,8 @@ def formulation(learners, alphas, train, val, lam, rule="proximal", order=2):
     the validation stage (Table 15) and the remaining parameters, A. lam 0, one round: JL."""
     def stage(l, learner):
         def advance(w, g, learned):
-            encoder, head = split(ops.sgd_step(learner.opt, g))                   # IL Eq. 34, 36
-            if l and lam:
-                encoder = coupled(encoder, split(w)[0], split(learned[l - 1])[0],
-                                  learner.pull(lam), rule)                        # IL Eq. 35
-            return encoder + head if order == 2 else detached(encoder + head)
+            weights = one_step(learner, g, learned.get(l - 1), lam, rule)         # IL Eq. 33
+            return weights if order == 2 else detached(weights)
 
         def loss(w, learned):              # L alone: advance applies the pull of Eq. 30
             return loss_of(learner, w, train[l], alphas)
@@ -159,14 +166,10 @@ def exact_gradient(*problem):
 def look_ahead(learners, grads, lam, rule):
     """Return the weights of every stage one step ahead, W'_l and H'_l, as leaves."""
     ahead = []
-    for l, (learner, g) in enumerate(zip(learners, grads, strict=True)):
-        encoder, head = split(virtual_weights(learner.opt, g))                    # IL Eq. 34, 36
-        if l and lam:
-            with torch.no_grad():
-                encoder = coupled(encoder, split(learner.weights)[0], split(ahead[-1])[0],
-                                  learner.pull(lam), rule)                        # IL Eq. 35
-            encoder = [w.requires_grad_() for w in encoder]
-        ahead.append(encoder + head)
+    for learner, g in zip(learners, grads, strict=True):
+        with torch.no_grad():
+            weights = one_step(learner, g, ahead[-1] if ahead else None, lam, rule)  # IL Eq. 34-36
+        ahead.append([w.requires_grad_() for w in weights])
     return ahead
 
 
