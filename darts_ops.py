@@ -688,8 +688,10 @@ def skillearn(stages: list[Stage], validation: Callable, remaining: list[list], 
     learned = {}
     for name, parameters, loss, step in stages:
         gradients = torch.autograd.grad(loss(parameters, learned), parameters, create_graph=exact)
-        learned[name] = step(parameters, gradients, learned)               # Skillearn Eq. 3, 4
-    objective, *more = validation(learned)                                 # Skillearn Eq. 5
+        with torch.set_grad_enabled(exact):
+            learned[name] = step(parameters, gradients, learned)           # Skillearn Eq. 3, 4
+    with torch.set_grad_enabled(exact):
+        objective, *more = validation(learned)                             # Skillearn Eq. 5
     return (objective, *more), grad(objective, *remaining) if exact else None
 
 

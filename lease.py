@@ -31,6 +31,8 @@ Departures from the printed equations:
 7. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
    the steps are the actual optimizers', before clipping: momentum and weight decay included.
 8. x in delta' . x is the normalised image, as the networks see it.
+9. A waits for one epoch, where its base does not let it wait longer: before the explainer has
+   learnt, a change of A in its fifth decimal turns delta' elsewhere. --warm-up 0 is Algorithm 1.
 """
 
 from dataclasses import dataclass
@@ -61,7 +63,8 @@ def get_args(argv=None):
         help="root-mean-square of the random start of delta; not in the paper (departure 2)")
     add("--audience-lr", type=ops.real, default=0.025, help="of W, cosine to 0 (§3.2)")
     ops.search_arguments(parser)
-    return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}})    # §3.2
+    waits = {base: {"warm_up": 1} for base, recipe in ops.BASES.items() if not recipe["warm_up"]}
+    return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}, **waits})  # §3.2
 
 
 # --------------------------------------------------------------------------------------- learners

@@ -4,6 +4,7 @@
     python .ci/measure.py --worth [--data DIR DIR]
     python .ci/measure.py --calls
     python .ci/measure.py --labels 3 [--data DIR]
+    python .ci/measure.py --mechanisms 5 [--data DIR DIR]
     python .ci/measure.py --soak
 
 --bench   Markdown tables: the time, memory and operator calls of a step of each method beside the
@@ -14,6 +15,8 @@
           and how far the objective falls along each, in reduced searches.
 --calls   the operator calls of a first step of each script at the defaults' sizes.
 --labels  whether LPT's tester weighs wrong labels less, for several lambda, as AUC over seeds.
+--mechanisms  a table: is LPT's test harder than its bank, and what is the created test's share;
+          do IL's learners stay close and learn as well as JL's; does LeaSE mark the object.
 --soak    a line per script after 150 kills (or as many as given), how many of 2,000 damages of a
           checkpoint are seen, and how memory grows in 180 steps.
 """
@@ -428,7 +431,8 @@ def worth(values, alphas, parts, count, seed):
     returns, one per part, where A moves.
 
     parts: name -> {column: gradient}. R2 and correlation are over `count` random directions; what
-    the kinks add, the same to all of them where it is the start's, lowers R2 alone.
+    the kinks add, the same to all of them where it is the start's, lowers R2 alone. Rounding: the
+    largest change where A moves by 1e-5, which should be nothing. Leaves A as it is.
     """
     start, base = vector(alphas), values()
 
@@ -438,6 +442,9 @@ def worth(values, alphas, parts, count, seed):
 
     generator = torch.Generator().manual_seed(seed)
     directions = F.normalize(torch.randn(count, len(start), generator=generator))
+    rounding = torch.tensor([changes(1e-5 * d) for d in directions[:3]]).abs().amax(0)
+    for part, value in zip(parts, rounding.tolist()):
+        yield part, "rounding", "exact", value
     for length in MOVES:
         true = torch.tensor([changes(length * d) for d in directions])
         for (part, gradients), t in zip(parts.items(), true.T):
@@ -453,6 +460,7 @@ def worth(values, alphas, parts, count, seed):
             yield part, "true", column, changes(-length * F.normalize(g, dim=0))[i]
             yield part, "norm of the gradient", column, g.norm().item()
             yield part, "its cosine with exact", column, cosine([g], [gradients["exact"]])
+    nn.utils.vector_to_parameters(start, alphas)
 
 
 def plain_case(module, problem):
@@ -494,13 +502,12 @@ def lease_case(problem):
     exact = vector(ops.skillearn([explainer], own, [alphas])[1])
     without = {"exact": exact, "exact, xi held": exact,
                "order 1": by_difference(lease, problem, order=1, gamma=0.0)}
-    for r in (0.01, 0.1, 1):
+    for r in (0.01, 1):
         whole[f"{r:g}"] = by_difference(lease, problem, r)
         without[f"{r:g}"] = by_difference(lease, problem, r, gamma=0.0)
-    heard = {column: g - without[column] for column, g in whole.items()}
     for total in (1, 10, 100):
-        g = by_difference(lease, problem, farther=100 * total)
-        heard[f"0.01, of delta {total}"] = g - without["0.01"]
+        whole[f"0.01, of delta {total}"] = by_difference(lease, problem, farther=100 * total)
+    heard = {column: g - without.get(column, without["0.01"]) for column, g in whole.items()}
     return values, alphas, {"objective": whole, "the audience's part": heard,
                             "the explainer's part": {"exact": exact}}
 
@@ -511,7 +518,7 @@ def study_worth(folders, count=12, batches=5, *moments):
     consecutive steps' batches, after so many steps of a reduced search. All in its float32."""
     tasks = [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
     moments, one = moments or (0, 50, 200), ["--dataset", tasks[0]]
-    for name, module, argv in (("LPT", lpt, one), ("LeaSE", lease, one),
+    for name, module, argv in (("LPT", lpt, one), ("LeaSE", lease, [*one, "--warm-up", "0"]),
                                ("IL", il, ["--tasks", *tasks])):
         function = "outer_gradients" if module is lpt else "outer_gradient"
         real, step, found = getattr(module, function), itertools.count(), {}
@@ -519,7 +526,7 @@ def study_worth(folders, count=12, batches=5, *moments):
         def measure(now, problem):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(module, function, real)
-                scales = (0.01, 0.3) if module is lease else ("",)
+                scales = (0.01, 0.3, 1) if module is lease else ("",)
                 for scale in scales:
                     at = list(problem)
                     if scale:
@@ -549,13 +556,13 @@ def study_worth(folders, count=12, batches=5, *moments):
 def print_worth(title, found):
     """Print a table for each part of an objective."""
     for part, rows in found.items():
-        columns = list(next(iter(rows.values())))
+        columns = list(rows["norm of the gradient"])
         sys.stdout.write(f"| {title}: {part} | " + " | ".join(columns) + " |\n"
                          + "|" + "---|" * (len(columns) + 1) + "\n")
         for row, cells in rows.items():
             sys.stdout.write(f"| {row} | " + " | ".join(
                 f"{statistics.mean(v):.3g}" + (f" ± {statistics.stdev(v):.1g}" if v[1:] else "")
-                for v in cells.values()) + " |\n")
+                if v else "" for v in (cells.get(column) for column in columns)) + " |\n")
         sys.stdout.write("\n")
     sys.stdout.flush()
 
@@ -634,6 +641,103 @@ def study_labels(folders, seeds, settings=LABELS, epochs=2):
         print(f"| {' '.join(setting)} | " + " | ".join(cells) + " |", flush=True)
 
 
+MECHANISMS = {
+    "LPT": (lpt, ["--dataset", "{0}"]),
+    "LPT, normalized": (lpt, ["--dataset", "{0}", "--created-test", "normalized"]),
+    "IL": (il, ["--tasks", "{0}", "{1}"]),
+    "JL": (il, ["--tasks", "{0}", "{1}", "--joint"]),
+    "LeaSE": (lease, ["--dataset", "{0}", "--warm-up", "0"]),
+    "LeaSE, gamma 0": (lease, ["--dataset", "{0}", "--warm-up", "0", "--gamma", "0"]),
+    "LeaSE, magnitude": (lease, ["--dataset", "{0}", "--warm-up", "0", "--weighting",
+                                 "magnitude"])}
+
+
+def study_mechanisms(folders, seeds, epochs=2):
+    """Print whether each mechanism does what its paper says, after each epoch of reduced searches
+    of order 1: mean and deviation over seeds.
+
+    LPT: R over the mean loss on the bank's batch (above 1: the test is harder than the bank), the
+    mean selection, the created test's share |gamma grad| / |grad| of stage II's gradient, the
+    tester's accuracy. IL: the last round's accuracies, and |W_l - W_(l-1)| / |W_l| as a mean
+    over neighbours. LeaSE: the accuracies, and on synthetic images the AUC of |delta'| inside
+    against outside the object, over eight images.
+    """
+    tasks = [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
+    shares = ["--subsets", "0.2", "0.2"] if folders else []
+    for name, (module, argv) in MECHANISMS.items():
+        if folders and module is lease:                            # whose objects nobody knows
+            continue
+        found, masks, seen = {}, [], {}
+        where, end_epoch, explanations = np.where, ops.end_epoch, lease.explanations
+        outer, update = lpt.outer_gradients, il.update_weights
+
+        def note(key, value):
+            found.setdefault(key, []).append(float(value))
+
+        def watched_outer(m, batches, order, lam, gamma, *rest):
+            seen["lpt"] = m, batches, gamma, rest
+            return outer(m, batches, order, lam, gamma, *rest)
+
+        def watched_update(learners, *args):
+            seen["il"] = learners
+            return update(learners, *args)
+
+        def watched_where(condition, *args):
+            if condition.ndim == 4:                                # synthetic's objects
+                masks.append(condition[:, 0])
+            return where(condition, *args)
+
+        def watched_explanations(data, rows, explanation):
+            if masks:
+                inside = torch.from_numpy(masks[0][np.asarray(rows)])
+                heat = explanation.abs().mean(1)
+                note("AUC", np.mean([tests.auc(h[~i], h[i]) for h, i in zip(heat, inside)]))
+            return explanations(data, rows, explanation)
+
+        def watched_end(run, alphas, **figures):
+            if module is lpt:
+                m, batches, gamma, (ablation, created, *_) = seen["lpt"]
+                (x, y, _), (x_bank, y_bank, _), _ = batches
+                _, R, f = lpt.validation_objective(m, list(m.testee.parameters()),
+                                                   list(m.tester.parameters()), batches, 0.0, 0)
+                logits = ops.call(m.testee, list(m.testee.parameters()), x_bank, m.alphas)
+                note("R / mean loss", R / F.cross_entropy(logits, y_bank))
+                note("selection", f.mean())
+                ex = list(m.tester.parameters())
+                test = gamma * lpt.created_test_loss(
+                    m.creator, *ops.call(m.tester, ex, x_bank), y_bank, created)
+                whole = test + F.cross_entropy(ops.call(m.tester, ex, x)[0], y)
+                norms = [vector(torch.autograd.grad(loss, ex, retain_graph=True,
+                                                    allow_unused=True, materialize_grads=True)
+                                ).norm() for loss in (test, whole)]
+                note("share of stage II", norms[0] / norms[1])
+                note("tester's accuracy", figures["tester_val_accuracy"])
+            elif module is il:
+                encoders = [vector(il.split(learner.weights)[0]) for learner in seen["il"]]
+                for a, b in itertools.pairwise(encoders):
+                    note("distance", (b - a).norm() / b.norm())
+                for task in tasks:
+                    note(f"accuracy {Path(task).name}", figures[f"val_accuracy {task}"])
+            else:
+                note("explainer's accuracy", figures["val_accuracy"])
+                note("audience's accuracy", figures["audience_val_accuracy"])
+            end_epoch(run, alphas, **figures)
+
+        for seed in range(1, seeds + 1):
+            masks.clear()
+            reduced_search(module, [word.format(*tasks) for word in argv] + [
+                *shares, "--base", "darts-1st", "--epochs", str(epochs), "--seed", str(seed)],
+                (lpt, "outer_gradients", watched_outer), (il, "update_weights", watched_update),
+                (np, "where", watched_where), (lease, "explanations", watched_explanations),
+                (ops, "end_epoch", watched_end))
+        for key, values in found.items():
+            each = len(values) // (seeds * epochs)                 # neighbours
+            by_epoch = np.array(values).reshape(seeds, epochs, each).mean(2)
+            print(f"| {name}: {key} | " + " | ".join(
+                f"{v.mean():.3g}" + (f" ± {v.std(ddof=1):.1g}" if seeds > 1 else "")
+                for v in by_epoch.T) + " |", flush=True)
+
+
 # --------------------------------------------------------------------------------------- the soak
 
 
@@ -665,6 +769,8 @@ def get_args():
     add("--calls", action="store_true", help="print the operator calls of a step at the defaults")
     add("--labels", type=int, metavar="SEEDS",
         help="how LPT's tester weighs wrong labels, for several lambda")
+    add("--mechanisms", type=int, metavar="SEEDS",
+        help="whether LPT's test is hard, IL's learners stay close, LeaSE marks the object")
     add("--soak", type=int, nargs="?", const=150, metavar="KILLS",
         help="kill each script so many times (150), then damage checkpoints")
     add("--device", type=torch.device, default="cpu", help="cpu or cuda, for --bench")
@@ -676,9 +782,10 @@ def get_args():
     add("--memory-of", metavar="STEP", help="the MiB that one step of --bench adds: 'LPT: ours'")
     args = parser.parse_args()
     worth = args.worth is not None
-    if not (args.bench or worth or args.calls or args.labels or args.soak or args.memory_of):
-        parser.error("give --bench, --worth, --calls, --labels or --soak; the tests are python -m "
-                     "pytest test_smoke.py")
+    if not (args.bench or worth or args.calls or args.labels or args.mechanisms or args.soak
+            or args.memory_of):
+        parser.error("give --bench, --worth, --calls, --labels, --mechanisms or --soak; the tests "
+                     "are python -m pytest test_smoke.py")
     return args
 
 
@@ -696,6 +803,8 @@ def main():
         count_calls()
     if args.labels:
         study_labels(args.data, args.labels)
+    if args.mechanisms:
+        study_mechanisms(args.data, args.mechanisms)
     if args.soak:
         soak(args.soak)
 
