@@ -1211,7 +1211,7 @@ def test_the_readme_has_its_files_and_the_papers_errors():
     assert sum(map(len, readme_commands())) > 20                   # which are tried below
     page = (HERE / "README.md").read_text()
     assert all((HERE / to).exists() for to in re.findall(r"\]\(([^):]+)\)", page))
-    printed = page.split("Printed in the papers")[1].split("</details>")[0].splitlines()
+    printed = page.split("All rows: test error")[1].split("</details>")[0].splitlines()
     for name, errors in genotypes.PAPER.items():
         row, = (line.strip("| ").split(" | ") for line in printed if line.startswith(f"| {name} |"))
         assert [cell.split(" (")[0] for cell in row[1:1 + len(errors)]] == list(errors)
