@@ -792,9 +792,11 @@ class Images:
         """A reader of the images as they are; kept, since a reader may hold processes."""
         return self.reader()
 
-    def normalised(self, x: Tensor) -> Tensor:
-        x = (x.float() / 255 - self.mean.to(x.device)) / self.std.to(x.device)
-        return x.contiguous(memory_format=memory_format(x.device))
+
+def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return images x (N, 3, H, W) uint8 as a network sees them, float32."""
+    x = (x.float() / 255 - mean.to(x.device)) / std.to(x.device)
+    return x.contiguous(memory_format=memory_format(x.device))
 
 
 @dataclass(eq=False)
@@ -825,7 +827,8 @@ class ImageSet(Images):
         for request in requests:
             rows = torch.from_numpy(request.rows[request.part]).to(self.device)
             x = self.images[rows]
-            x = self.normalised(x) if request.key is None else self.augmented(x, request)
+            x = (self.augmented(x, request) if request.key else
+                 normalised(x, self.mean, self.std))
             yield x, self.labels[rows], rows
 
     def augmented(self, x: Tensor, request: Request) -> Tensor:
@@ -839,7 +842,7 @@ class ImageSet(Images):
         pad = H // 8
         x = crop(F.pad(x, (pad,) * 4), draw(2 * pad + 1), draw(2 * pad + 1), (H, W))
         x = torch.where(draw(2)[:, :, None, None] == 1, x.flip(3), x)
-        x = self.normalised(x)
+        x = normalised(x, self.mean, self.std)
         return cut_out(x, draw(H), draw(W), request.cutout) if request.cutout else x
 
 
@@ -878,20 +881,21 @@ class ImageFiles(Images):
         return Reading(self.folder, self.side).read(Request(torch.as_tensor(rows).cpu().numpy()))
 
     def reader(self):
-        requests = Sampler()
+        requests, labels, device, scale = Sampler(), self.labels, self.device, (self.mean, self.std)
         loader = DataLoader(
             Reading(self.folder, self.side), batch_size=None, sampler=requests,
             num_workers=self.workers, persistent_workers=self.workers > 0,
-            pin_memory=self.device.type == "cuda", generator=torch.Generator(),
+            pin_memory=device.type == "cuda", generator=torch.Generator(),
             worker_init_fn=own_group)
 
+        # without self: in a cycle of references the processes would not end with the reader
         def read(these):
             requests.requests = these
             for x, rows, error in loader:                         # rows are a tensor by now
                 if error:
                     raise BadInput(error)
-                x = self.normalised(x.to(self.device, non_blocking=True))
-                yield x, self.labels[rows].to(self.device), rows.to(self.device)
+                x = normalised(x.to(device, non_blocking=True), *scale)
+                yield x, labels[rows].to(device), rows.to(device)
         return read
 
 
@@ -1088,30 +1092,33 @@ class Stream:
         if batch_size % world_size() or n < 2:
             raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
                            "with two images or more for each")
-        self.rows, self.batch_size, self.cutout = rows, batch_size, cutout
-        self.key, self.order = (seed, zlib.crc32(name.encode())), (-1, None)
+        self.rows, self.batch_size = rows, batch_size
+        self.key, self.cutout = (seed, zlib.crc32(name.encode())), cutout
         self.part = slice(rank() * n, (rank() + 1) * n)
         self.read, self.next = data.reader(), -1
 
     def epoch_steps(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
 
-    def row(self, position: int) -> int:
-        lap, k = divmod(position, len(self.rows))
-        if lap != self.order[0]:
-            self.order = lap, np.random.default_rng([*self.key, 0, lap]).permutation(self.rows)
-        return self.order[1][k]
-
-    def request(self, step: int) -> Request:
-        first = step * self.batch_size
-        rows = np.array([self.row(first + k) for k in range(self.batch_size)])
-        return Request(rows, (*self.key, 1, step), self.part, self.cutout)
-
     def __call__(self, step: int):
         if step != self.next:                                     # the first, or not in order
-            self.batches = self.read(map(self.request, itertools.count(step)))
+            self.batches = self.read(requests(self.rows, self.batch_size, self.key, self.part,
+                                              self.cutout, step))
         self.next = step + 1
         return next(self.batches)
+
+
+def requests(rows, batch_size: int, key: tuple, part: slice, cutout: int, step: int):
+    """Yield a stream's requests from a step on; each lap over the rows has its own order."""
+    lap = order = None
+    for now in itertools.count(step):
+        picked = []
+        for position in range(now * batch_size, (now + 1) * batch_size):
+            if lap != position // len(rows):
+                lap = position // len(rows)
+                order = np.random.default_rng([*key, 0, lap]).permutation(rows)
+            picked.append(order[position % len(rows)])
+        yield Request(np.array(picked), (*key, 1, now), part, cutout)
 
 
 def batches(data: Images, rows, batch_size: int):

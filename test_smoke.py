@@ -2867,14 +2867,16 @@ def test_a_reader_carries_nothing_of_a_run(tmp_path, monkeypatch):
     multiprocessing.set_start_method("spawn", force=True)
     root, rows = imagenet_folder(tmp_path, 4), np.arange(12)
     here, there = (ops.load_images("imagenet", root, "cpu", 64, workers=n) for n in (0, 1))
-    streams = [ops.Stream(data, rows, 4, 1, "train") for data in (here, there)]
+    streams = [ops.Stream(here, rows, 4, 1, "train"), ops.Stream(there, rows, 4, 1, "train")]
     for step in (0, 1, 5):
-        assert same(*([*stream(step)] for stream in streams))
+        assert same([*streams[0](step)], [*streams[1](step)])
     for _ in range(2):
         for (x, _), (y, _) in zip(ops.batches(here, rows, 5), ops.batches(there, rows, 5)):
             assert torch.equal(x, y)
     assert len(started) == 2
     multiprocessing.set_start_method(before, force=True)
+    del there, streams              # with their readers the processes end: no cycle keeps them
+    assert not any(process.is_alive() for process in started)
 
 
 def test_no_context_on_a_gpu_that_is_not_used(tmp_path, monkeypatch):
@@ -2916,7 +2918,8 @@ def test_processes_name_the_broken_image_and_end_odd_epochs(tmp_path):
     """An image that rank 1 alone reads; validation images of which a rank has one too many."""
     root = imagenet_folder(tmp_path / "data")
     data = ops.load_images("imagenet", root, "cpu", 64)
-    rows = ops.Stream(data, np.arange(36), 12, 1, "evaluate").request(0).rows[6:]
+    key = ops.Stream(data, np.arange(36), 12, 1, "evaluate").key
+    rows = next(ops.requests(np.arange(36), 12, key, slice(None), 0, 0)).rows[6:]
     seen_by_both = np.linspace(0, 35, 16).astype(int)              # for the data's fingerprint
     file = Path(data.folder.samples[next(r for r in rows if r not in seen_by_both)][0])
     file.write_bytes(file.read_bytes()[:200])
