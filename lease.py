@@ -18,8 +18,8 @@ hang on; an audience learns from the marked images; the explainer's architecture
 
 Departures from the printed equations:
 1. Eq. 7 descends O_Delta, which Eq. 2 maximises; here it ascends: Eq. 15's minus is a plus.
-2. Delta starts at random, near zero, in every step, where Algorithm 1 goes on from the step before:
-   at zero the gradient of O_Delta is zero, and crops and flips are new in every step.
+2. Delta starts at random in every step, where Algorithm 1 goes on from the step before: at zero the
+   gradient of O_Delta is zero, and crops and flips are new in every step.
 3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, so that delta' has
    unit root-mean-square and delta' . x the scale of x; through it too A changes delta'. A step of
    a learning rate's size moves delta by less than 1e-4 of its length.
@@ -27,7 +27,8 @@ Departures from the printed equations:
    O_Delta: nearly all of the audience's gradient. It is kept, from the same two passes.
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.
 6. The last difference, for Eq. 11 and 17, is one along the explainer's and the audience's parts of
-   v_e together: the product that it approximates is linear in its direction.
+   v_e together: the product that it approximates is linear in its direction. The difference along
+   delta has a radius of its own: a batch of deltas is long, and 0.01 moves it less than its kinks.
 7. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
    the steps are the actual optimizers', before clipping: momentum and weight decay included.
 8. x in delta' . x is the normalised image, as the networks see it.
@@ -59,8 +60,10 @@ def get_args(argv=None):
     add("--gamma", type=ops.real, default=1.0, help="weight of the audience's validation (§3.2)")
     add("--weighting", choices=("signed", "magnitude"), default="signed",
         help="the audience sees delta' . x as printed, or |delta'| . x; not in the paper")
-    add("--delta-scale", type=ops.number(float, 1e-12), default=1e-2,
+    add("--delta-scale", type=ops.number(float, 1e-12), default=0.3,
         help="root-mean-square of the random start of delta; not in the paper (departure 2)")
+    add("--delta-radius", type=ops.number(float, 1e-12), default=1.0,
+        help="radius of the difference along delta; the paper has one for all, --radius")
     add("--audience-lr", type=ops.real, default=0.025, help="of W, cosine to 0 (§3.2)")
     ops.search_arguments(parser)
     waits = {base: {"warm_up": 1} for base, recipe in ops.BASES.items() if not recipe["warm_up"]}
@@ -168,12 +171,12 @@ def exact_gradient(*problem):
 
 
 def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_virtual, explanation,
-                   xi_delta, grads_w, radius=1e-2):
+                   xi_delta, grads_w, radius=1e-2, delta_radius=None):
     """Return dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val), by finite differences.
 
     train, val: batches (x, y); delta: start of the perturbations; e_virtual: E', or at order 1 E, a
     constant; explanation, xi_delta: delta' (N, 3, H, W) and its step sizes (N, 1, 1, 1); grads_w:
-    of W on train, which make W'.
+    of W on train, which make W'; delta_radius: of the difference along delta, else radius.
     Returns (gradients of alphas, J, |audience's direct part| / |explainer's|). Changes no state.
     """
     (x, y), (x_val, y_val) = train, val
@@ -208,8 +211,8 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
             objective = explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0])
             return grad(objective, [*m.alphas, *e_wanted])
 
-        product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta], radius,
-                                     shared=False)
+        product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta],
+                                     delta_radius or radius, shared=False)
         by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 14, 15
         share = nn.utils.get_total_norm(by_a) / nn.utils.get_total_norm(g_alpha)
         g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                     # departure 4
@@ -283,7 +286,7 @@ def main(argv=None):
                         g_alpha, J, *share = (
                             exact_gradient(*problem) if args.gradient == "exact" else
                             outer_gradient(*problem, e_virtual, explanation, xi_delta, grads_w,
-                                           args.radius))
+                                           args.radius, args.delta_radius))
                     with ops.foresight(run, formulation(*problem), alphas, g_alpha):
                         descend(alpha_opt, g_alpha, run.at("the architecture"), J)
                     figures = {"val_loss": J, **dict(zip(["audience_share"], share))}

@@ -529,7 +529,7 @@ def study_worth(folders, count=12, batches=5, *moments):
                 for scale in scales:
                     at = list(problem)
                     if scale:
-                        at[3] = at[3] * scale / 0.01
+                        at[3] = at[3] * scale / 0.3
                     case = lease_case(at) if scale else plain_case(module, at)
                     for part, row, column, value in worth(*case, count, now):
                         title = f"{part}{scale and f', start {scale}'}"
