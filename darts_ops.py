@@ -827,8 +827,8 @@ class ImageSet(Images):
         for request in requests:
             rows = torch.from_numpy(request.rows[request.part]).to(self.device)
             x = self.images[rows]
-            x = (self.augmented(x, request) if request.key else
-                 normalised(x, self.mean, self.std))
+            plain = request.key is None
+            x = normalised(x, self.mean, self.std) if plain else self.augmented(x, request)
             yield x, self.labels[rows], rows
 
     def augmented(self, x: Tensor, request: Request) -> Tensor:
@@ -881,16 +881,16 @@ class ImageFiles(Images):
         return Reading(self.folder, self.side).read(Request(torch.as_tensor(rows).cpu().numpy()))
 
     def reader(self):
-        requests, labels, device, scale = Sampler(), self.labels, self.device, (self.mean, self.std)
+        sampler, labels, device, scale = Sampler(), self.labels, self.device, (self.mean, self.std)
         loader = DataLoader(
-            Reading(self.folder, self.side), batch_size=None, sampler=requests,
+            Reading(self.folder, self.side), batch_size=None, sampler=sampler,
             num_workers=self.workers, persistent_workers=self.workers > 0,
             pin_memory=device.type == "cuda", generator=torch.Generator(),
             worker_init_fn=own_group)
 
         # without self: in a cycle of references the processes would not end with the reader
         def read(these):
-            requests.requests = these
+            sampler.requests = these
             for x, rows, error in loader:                         # rows are a tensor by now
                 if error:
                     raise BadInput(error)

@@ -353,12 +353,12 @@ def chart(left: float, top: float, title: str, lines: dict[str, list]) -> str:
              f'<text x="{x0 + width}" y="{y0 + height + 18}" class="t">epoch {n}</text>']
     for value, y in ((high, y0 + 10), (low, y0 + height)):
         parts.append(f'<text x="{x0 - 6}" y="{y}" class="t">{value:.3g}</text>')
-    order = sorted(lines, key=lambda name: -lines[name][-1])
-    for i, name in enumerate(order):
+    for i, name in enumerate(sorted(lines, key=lambda name: -lines[name][-1])):
         points = [(x0 + width * (epoch + 1) / n, y0 + height * (high - value) / (high - low))
                   for epoch, value in enumerate(lines[name]) if value is not None]
         colour = COLOURS.get(name) or HUES[list(lines).index(name) % len(HUES)]
-        path, y = " ".join(f"{x:.1f},{y:.1f}" for x, y in points), y0 + 10 + 18 * i
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        y = y0 + 10 + 18 * i                                       # in the legend
         parts.append(f'<g class="o" fill="{colour}" stroke="{colour}">'
                      f'<polyline points="{path}" fill="none" stroke-width="2"/>'
                      f'<circle cx="{points[-1][0]:.1f}" cy="{points[-1][1]:.1f}" r="3"/>'

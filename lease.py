@@ -28,7 +28,8 @@ Departures from the printed equations:
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.
 6. The last difference, for Eq. 11 and 17, is one along the explainer's and the audience's parts of
    v_e together: the product that it approximates is linear in its direction. The difference along
-   delta has a radius of its own: a batch of deltas is long, and 0.01 moves it less than its kinks.
+   delta has a radius of its own, --delta-radius: 0.01 would move each of a batch's 38,400 numbers
+   and more by less than 5e-5, and what it then sees is rounding and single kinks.
 7. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
    the steps are the actual optimizers', before clipping: momentum and weight decay included.
 8. x in delta' . x is the normalised image, as the networks see it.
@@ -66,6 +67,7 @@ def get_args(argv=None):
         help="radius of the difference along delta; the paper has one for all, --radius")
     add("--audience-lr", type=ops.real, default=0.025, help="of W, cosine to 0 (§3.2)")
     ops.search_arguments(parser)
+    # departure 9
     waits = {base: {"warm_up": 1} for base, recipe in ops.BASES.items() if not recipe["warm_up"]}
     return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}, **waits})  # §3.2
 
@@ -212,7 +214,7 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
             return grad(objective, [*m.alphas, *e_wanted])
 
         product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta],
-                                     delta_radius or radius, shared=False)
+                                     delta_radius or radius, shared=False)   # departure 6
         by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 14, 15
         share = nn.utils.get_total_norm(by_a) / nn.utils.get_total_norm(g_alpha)
         g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                     # departure 4

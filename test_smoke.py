@@ -718,6 +718,18 @@ def test_lease_gradient_on_the_smooth_network(weighting):
         assert max(lease_errors(lease_problem(), radius=radius, weighting=weighting)) < 20 * bound
 
 
+def test_the_difference_along_delta_has_its_radius(monkeypatch):
+    """It alone is not shared between processes; without one of its own it takes the others'."""
+    (m, train, val, delta), seen = lease_problem(), []
+    ahead, real = lease_ahead(m, train, delta), ops.central_difference
+    monkeypatch.setattr(lease, "central_difference", lambda grad_at, w, v, radius, shared=True: (
+        seen.append((radius, shared)) or real(grad_at, w, v, radius, shared)))
+    for own, along_delta in ((3.0, 3.0), (None, 0.02)):
+        seen.clear()
+        lease.outer_gradient(m, train, val, delta, 1.0, "signed", 2, *ahead, 0.02, own)
+        assert seen == [(0.02, True), (along_delta, False), (0.02, True)]
+
+
 @slow
 @pytest.mark.parametrize("terms", ["the total", "each by itself"])
 def test_lease_gradient_on_the_supernet_with_resnet18(terms):
@@ -1366,6 +1378,8 @@ def test_recipes(module, base, expected):
     assert (args.order, args.batch_size, args.lr, args.alpha_lr) == expected
     args, _ = module.get_args(["--base", base, "--order", "2", "--lr", "0.5"])
     assert (args.order, args.lr, args.alpha_lr) == (2, 0.5, expected[3])
+    waits = ops.BASES[base]["warm_up"] or (1 if module is lease else 0)
+    assert args.warm_up == waits                                   # LeaSE's departure 9
 
 
 # ----------------------------------------------------------------------------- images and streams

@@ -395,7 +395,20 @@ def reduced_search(module, argv, *patches):
         module.main([*argv, *REDUCED, "--out", folder])
 
 
+# LeaSE's setting in the studies: the paper's one radius, and A learns from the first step
+ONE_RADIUS = ["--delta-scale", "0.01", "--delta-radius", "0.01", "--warm-up", "0"]
 MOVES = 4.5e-3, 0.09        # Adam's first step along 2 x 14 x 8 alphas, at rates 3e-4 and 6e-3
+
+
+def data_sets(folders):
+    """Return the names of the data sets that a study runs on."""
+    return [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
+
+
+def spread(values):
+    """Return mean and standard deviation as text."""
+    deviation = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3g}{deviation}"
 
 
 class Enough(Exception):
@@ -406,9 +419,9 @@ def vector(tensors):
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-def by_difference(module, problem, radius=1e-2, order=2, gamma=None, farther=1):
-    """Return A's gradient by a method's difference code; gamma replaces LeaSE's, farther multiplies
-    the radius of the difference along its delta."""
+def by_difference(module, problem, radius=1e-2, order=2, gamma=None, delta_radius=None):
+    """Return A's gradient by a method's difference code; gamma replaces LeaSE's, delta_radius is
+    its own."""
     problem, ahead = list(problem), []
     problem[2 if module is lpt else 6] = order
     if module is il:
@@ -417,13 +430,9 @@ def by_difference(module, problem, radius=1e-2, order=2, gamma=None, farther=1):
         problem[4] = problem[4] if gamma is None else gamma
         ahead = tests.lease_ahead(problem[0], problem[1], problem[3], *problem[5:])
 
-    def differ(grad_at, w, v, radius, shared=True):
-        return ops.central_difference(grad_at, w, v, radius * (1 if shared else farther), shared)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease, "central_difference", differ)
-        outer = lpt.outer_gradients if module is lpt else module.outer_gradient
-        return vector(outer(*problem, *ahead, radius)[0])
+    outer = lpt.outer_gradients if module is lpt else module.outer_gradient
+    radii = [radius, delta_radius] if module is lease else [radius]
+    return vector(outer(*problem, *ahead, *radii)[0])
 
 
 def worth(values, alphas, parts, count, seed):
@@ -505,7 +514,7 @@ def lease_case(problem):
     whole["0.01"] = by_difference(lease, problem)
     without["0.01"] = by_difference(lease, problem, gamma=0.0)
     for total in (1, 10):
-        whole[f"0.01, of delta {total}"] = by_difference(lease, problem, farther=100 * total)
+        whole[f"0.01, of delta {total}"] = by_difference(lease, problem, delta_radius=total)
     heard = {column: g - without.get(column, without["0.01"]) for column, g in whole.items()}
     return values, alphas, {"objective": whole, "the audience's part": heard,
                             "the explainer's part": {"exact": exact}}
@@ -515,9 +524,9 @@ def study_worth(folders, count=12, batches=5, *moments):
     """Print what gradients of A are worth to a search: R2 of the change that they predict where A
     moves in random directions, and how far it falls along minus themselves; mean and deviation over
     consecutive steps' batches, after so many steps of a reduced search. All in its float32."""
-    tasks = [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
+    tasks = data_sets(folders)
     moments, one = moments or (0, 50, 200), ["--dataset", tasks[0]]
-    for name, module, argv in (("LPT", lpt, one), ("LeaSE", lease, [*one, "--warm-up", "0"]),
+    for name, module, argv in (("LPT", lpt, one), ("LeaSE", lease, [*one, *ONE_RADIUS]),
                                ("IL", il, ["--tasks", *tasks])):
         function = "outer_gradients" if module is lpt else "outer_gradient"
         real, step, found = getattr(module, function), itertools.count(), {}
@@ -529,7 +538,7 @@ def study_worth(folders, count=12, batches=5, *moments):
                 for scale in scales:
                     at = list(problem)
                     if scale:
-                        at[3] = at[3] * scale / 0.3
+                        at[3] = at[3] * scale / 0.01
                     case = lease_case(at) if scale else plain_case(module, at)
                     for part, row, column, value in worth(*case, count, now):
                         title = f"{part}{scale and f', start {scale}'}"
@@ -560,8 +569,7 @@ def print_worth(title, found):
                          + "|" + "---|" * (len(columns) + 1) + "\n")
         for row, cells in rows.items():
             sys.stdout.write(f"| {row} | " + " | ".join(
-                f"{statistics.mean(v):.3g}" + (f" ± {statistics.stdev(v):.1g}" if v[1:] else "")
-                if v else "" for v in (cells.get(column) for column in columns)) + " |\n")
+                spread(cells[column]) if column in cells else "" for column in columns) + " |\n")
         sys.stdout.write("\n")
     sys.stdout.flush()
 
@@ -602,7 +610,7 @@ LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5"
 def study_labels(folders, seeds, settings=LABELS, epochs=2):
     """Print whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them
     less, 0.5: no telling, 0: all more) after every epoch of a search."""
-    dataset = f"folder:{folders[0]}" if folders else "synthetic:10"
+    dataset = data_sets(folders)[0]
     shares = ["--subsets", "0.2", "0.2"] if folders else []
     load, picture, found, wrong = ops.load_images, lpt.tests, [], {}
 
@@ -645,10 +653,30 @@ MECHANISMS = {
     "LPT, normalized": (lpt, ["--dataset", "{0}", "--created-test", "normalized"]),
     "IL": (il, ["--tasks", "{0}", "{1}"]),
     "JL": (il, ["--tasks", "{0}", "{1}", "--joint"]),
-    "LeaSE": (lease, ["--dataset", "{0}", "--warm-up", "0"]),
-    "LeaSE, gamma 0": (lease, ["--dataset", "{0}", "--warm-up", "0", "--gamma", "0"]),
-    "LeaSE, magnitude": (lease, ["--dataset", "{0}", "--warm-up", "0", "--weighting",
-                                 "magnitude"])}
+    "LeaSE": (lease, ["--dataset", "{0}", *ONE_RADIUS]),
+    "LeaSE, gamma 0": (lease, ["--dataset", "{0}", *ONE_RADIUS, "--gamma", "0"]),
+    "LeaSE, magnitude": (lease, ["--dataset", "{0}", *ONE_RADIUS, "--weighting", "magnitude"])}
+
+
+def created_test_figures(m, batches, order, lam, gamma, ablation, created, *radius):
+    """Yield what LPT's created test is, at the weights; the arguments: outer_gradients'."""
+    w, ex = list(m.testee.parameters()), list(m.tester.parameters())
+    _, (x, y, _), _ = batches
+    _, R, f = lpt.validation_objective(m, w, ex, batches, 0.0, ablation)
+    yield "R / mean loss", R / F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y)
+    yield "selection", f.mean()
+    # of stage II's loss: gamma times the created test alone (Eq. 26), and all of it (Eq. 7)
+    part, whole = (vector(ops.grad(lpt.tester_loss(
+        lambda x: ops.call(m.tester, ex, x), m.creator, batches, gamma, which, created), ex)).norm()
+        for which in (2, 0))
+    yield "share of stage II", part / whole
+
+
+def neighbour_figures(learners, *args):
+    """Yield how far IL's learners are from each other; the arguments: update_weights'."""
+    encoders = [vector(il.split(learner.weights)[0]) for learner in learners]
+    yield "distance", statistics.mean(((b - a).norm() / b.norm()).item()
+                                      for a, b in itertools.pairwise(encoders))
 
 
 def study_mechanisms(folders, seeds, epochs=2):
@@ -656,85 +684,53 @@ def study_mechanisms(folders, seeds, epochs=2):
     of order 1: mean and deviation over seeds.
 
     LPT: R over the mean loss on the bank's batch (above 1: the test is harder than the bank), the
-    mean selection, the created test's share |gamma grad| / |grad| of stage II's gradient, the
-    tester's accuracy. IL: the last round's accuracies, and |W_l - W_(l-1)| / |W_l| as a mean
-    over neighbours. LeaSE: the accuracies, and on synthetic images the AUC of |delta'| inside
-    against outside the object, over eight images.
+    mean selection, the created test's share |gamma grad| / |grad| of stage II's gradient. IL: the
+    mean of |W_l - W_(l-1)| / |W_l| over neighbours. LeaSE, on synthetic images: the AUC of |delta'|
+    inside against outside the object, over eight images. All: the validation accuracies.
     """
-    tasks = [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
-    shares = ["--subsets", "0.2", "0.2"] if folders else []
+    tasks, shares = data_sets(folders), ["--subsets", "0.2", "0.2"] if folders else []
+    where, end_epoch, explanations = np.where, ops.end_epoch, lease.explanations
+    watched = {lpt: ("outer_gradients", lpt.outer_gradients, created_test_figures),
+               il: ("update_weights", il.update_weights, neighbour_figures),
+               lease: ("outer_gradient", lease.outer_gradient, lambda *args: ())}
     for name, (module, argv) in MECHANISMS.items():
         if folders and module is lease:                            # whose objects nobody knows
             continue
-        found, masks, seen = {}, [], {}
-        where, end_epoch, explanations = np.where, ops.end_epoch, lease.explanations
-        outer, update = lpt.outer_gradients, il.update_weights
+        found, masks, last = {}, [], []
+        function, real, figures_of = watched[module]
 
         def note(key, value):
             found.setdefault(key, []).append(float(value))
 
-        def watched_outer(m, batches, order, lam, gamma, *rest):
-            seen["lpt"] = m, batches, gamma, rest
-            return outer(m, batches, order, lam, gamma, *rest)
+        def remembering(*args):
+            last[:] = args
+            return real(*args)
 
-        def watched_update(learners, *args):
-            seen["il"] = learners
-            return update(learners, *args)
-
-        def watched_where(condition, *args):
+        def seeing_masks(condition, *args):
             if condition.ndim == 4:                                # synthetic's objects
                 masks.append(condition[:, 0])
             return where(condition, *args)
 
-        def watched_explanations(data, rows, explanation):
-            if masks:
-                inside = torch.from_numpy(masks[0][np.asarray(rows)])
-                heat = explanation.abs().mean(1)
-                note("AUC", np.mean([tests.auc(h[~i], h[i]) for h, i in zip(heat, inside)]))
+        def seeing_explanations(data, rows, explanation):
+            inside = torch.from_numpy(masks[0][np.asarray(rows)])  # of the training images
+            heat = explanation.abs().mean(1)
+            note("AUC", np.mean([tests.auc(h[~i], h[i]) for h, i in zip(heat, inside)]))
             return explanations(data, rows, explanation)
 
-        def watched_end(run, alphas, **figures):
-            if module is lpt:
-                m, batches, gamma, (ablation, created, *_) = seen["lpt"]
-                (x, y, _), (x_bank, y_bank, _), _ = batches
-                _, R, f = lpt.validation_objective(m, list(m.testee.parameters()),
-                                                   list(m.tester.parameters()), batches, 0.0, 0)
-                logits = ops.call(m.testee, list(m.testee.parameters()), x_bank, m.alphas)
-                note("R / mean loss", R / F.cross_entropy(logits, y_bank))
-                note("selection", f.mean())
-                ex = list(m.tester.parameters())
-                test = gamma * lpt.created_test_loss(
-                    m.creator, *ops.call(m.tester, ex, x_bank), y_bank, created)
-                whole = test + F.cross_entropy(ops.call(m.tester, ex, x)[0], y)
-                norms = [vector(torch.autograd.grad(loss, ex, retain_graph=True,
-                                                    allow_unused=True, materialize_grads=True)
-                                ).norm() for loss in (test, whole)]
-                note("share of stage II", norms[0] / norms[1])
-                note("tester's accuracy", figures["tester_val_accuracy"])
-            elif module is il:
-                encoders = [vector(il.split(learner.weights)[0]) for learner in seen["il"]]
-                for a, b in itertools.pairwise(encoders):
-                    note("distance", (b - a).norm() / b.norm())
-                for task in tasks:
-                    note(f"accuracy {Path(task).name}", figures[f"val_accuracy {task}"])
-            else:
-                note("explainer's accuracy", figures["val_accuracy"])
-                note("audience's accuracy", figures["audience_val_accuracy"])
+        def ending(run, alphas, **figures):
+            for key, value in [*figures_of(*last), *figures.items()]:
+                note(key, value)
             end_epoch(run, alphas, **figures)
 
         for seed in range(1, seeds + 1):
             masks.clear()
             reduced_search(module, [word.format(*tasks) for word in argv] + [
                 *shares, "--base", "darts-1st", "--epochs", str(epochs), "--seed", str(seed)],
-                (lpt, "outer_gradients", watched_outer), (il, "update_weights", watched_update),
-                (np, "where", watched_where), (lease, "explanations", watched_explanations),
-                (ops, "end_epoch", watched_end))
+                (module, function, remembering), (ops, "end_epoch", ending),
+                (np, "where", seeing_masks), (lease, "explanations", seeing_explanations))
         for key, values in found.items():
-            each = len(values) // (seeds * epochs)                 # neighbours
-            by_epoch = np.array(values).reshape(seeds, epochs, each).mean(2)
             print(f"| {name}: {key} | " + " | ".join(
-                f"{v.mean():.3g}" + (f" ± {v.std(ddof=1):.1g}" if seeds > 1 else "")
-                for v in by_epoch.T) + " |", flush=True)
+                spread(values[epoch::epochs]) for epoch in range(epochs)) + " |", flush=True)
 
 
 # --------------------------------------------------------------------------------------- the soak
