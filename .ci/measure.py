@@ -663,13 +663,14 @@ def created_test_figures(m, batches, order, lam, gamma, ablation, created, *radi
     w, ex = list(m.testee.parameters()), list(m.tester.parameters())
     _, (x, y, _), _ = batches
     _, R, f = lpt.validation_objective(m, w, ex, batches, 0.0, ablation)
-    yield "R / mean loss", R / F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y)
-    yield "selection", f.mean()
+    loss = F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y)
+    yield "R / mean loss", (R / loss).item()
+    yield "selection", f.mean().item()
     # of stage II's loss: gamma times the created test alone (Eq. 26), and all of it (Eq. 7)
     part, whole = (vector(ops.grad(lpt.tester_loss(
         lambda x: ops.call(m.tester, ex, x), m.creator, batches, gamma, which, created), ex)).norm()
         for which in (2, 0))
-    yield "share of stage II", part / whole
+    yield "share of stage II", (part / whole).item()
 
 
 def neighbour_figures(learners, *args):
@@ -700,7 +701,7 @@ def study_mechanisms(folders, seeds, epochs=2):
         function, real, figures_of = watched[module]
 
         def note(key, value):
-            found.setdefault(key, []).append(float(value))
+            found.setdefault(key, []).append(value)
 
         def remembering(*args):
             last[:] = args
@@ -714,7 +715,7 @@ def study_mechanisms(folders, seeds, epochs=2):
         def seeing_explanations(data, rows, explanation):
             inside = torch.from_numpy(masks[0][np.asarray(rows)])  # of the training images
             heat = explanation.abs().mean(1)
-            note("AUC", np.mean([tests.auc(h[~i], h[i]) for h, i in zip(heat, inside)]))
+            note("AUC", statistics.mean(tests.auc(h[~i], h[i]) for h, i in zip(heat, inside)))
             return explanations(data, rows, explanation)
 
         def ending(run, alphas, **figures):
