@@ -336,17 +336,17 @@ def search_svg(history: list[dict], title: str) -> str:
         charts[f"{kind} cell, mean weights"] = {
             name: [line["mean_weights"][kind][o] for line in history]
             for o, name in enumerate(PRIMITIVES)}
-    parts = [chart(24 + 490 * (i % 2), 66 + 220 * (i // 2), name, lines)
+    parts = [chart(24 + 540 * (i % 2), 66 + 220 * (i // 2), name, lines)
              for i, (name, lines) in enumerate(charts.items())]
-    return svg(title, "\n".join(parts), 980, 66 + 220 * 3)
+    return svg(title, "\n".join(parts), 1090, 66 + 220 * 3)
 
 
 def chart(left: float, top: float, title: str, lines: dict[str, list]) -> str:
-    """Return a chart with its legend, 450 x 200, for an SVG; lines: name -> a value per epoch, or
+    """Return a chart with its legend, 530 x 200, for an SVG; lines: name -> a value per epoch, or
     None."""
     values = [v for line in lines.values() for v in line if v is not None]
     low, high, height, width = min(values), max(values), 140, 240
-    low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
+    high = high if low < high else low + 1
     x0, y0, n = left + 40, top + 14, max(map(len, lines.values()))
     parts = [f'<text x="{left}" y="{top}" class="h">{title}</text>'
              f'<path d="M{x0} {y0}V{y0 + height}H{x0 + width}" class="w"/>'
