@@ -2127,7 +2127,7 @@ def test_steps_leave_no_tensors_behind(job, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count,jobs", slow_but({0}, [
-    (2, ("lpt",)), (15, ("lpt", "il")), (15, ("lease", "evaluate"))]), ids=str)
+    (2, ("lpt",)), (8, ("lpt", "il")), (8, ("lease", "evaluate"))]), ids=str)
 def test_killed_runs_end_as_undisturbed_ones(count, jobs):
     assert [found["kills"] for found in killed(count, *jobs)] == [count] * len(jobs)
 
