@@ -685,12 +685,14 @@ def study_mechanisms(folders, seeds, epochs=2):
     of order 1: mean and deviation over seeds.
 
     LPT: R over the mean loss on the bank's batch (above 1: the test is harder than the bank), the
-    mean selection, the created test's share |gamma grad| / |grad| of stage II's gradient. IL: the
-    mean of |W_l - W_(l-1)| / |W_l| over neighbours. LeaSE, on synthetic images: the AUC of |delta'|
-    inside against outside the object, over eight images. All: the validation accuracies.
+    mean selection, the created test's share |gamma grad| / |grad| of stage II's gradient; on
+    synthetic images the AUC of f on right against wrong labels. IL: the mean of |W_l - W_(l-1)| /
+    |W_l| over neighbours. LeaSE, on synthetic images: the AUC of |delta'| inside against outside
+    the object, over eight images. All: the validation accuracies.
     """
     tasks, shares = data_sets(folders), ["--subsets", "0.2", "0.2"] if folders else []
-    where, end_epoch, explanations = np.where, ops.end_epoch, lease.explanations
+    where, end_epoch, explanations, pictured = (np.where, ops.end_epoch, lease.explanations,
+                                                lpt.tests)
     watched = {lpt: ("outer_gradients", lpt.outer_gradients, created_test_figures),
                il: ("update_weights", il.update_weights, neighbour_figures),
                lease: ("outer_gradient", lease.outer_gradient, lambda *args: ())}
@@ -718,6 +720,13 @@ def study_mechanisms(folders, seeds, epochs=2):
             note("AUC", statistics.mean(tests.auc(h[~i], h[i]) for h, i in zip(heat, inside)))
             return explanations(data, rows, explanation)
 
+        def seeing_weights(data, rows, f):
+            if not folders:
+                right = data.labels == tests.synthetic_truth(len(data.classes), 16)
+                right = right[torch.as_tensor(rows)]
+                note("AUC of right labels", tests.auc(f[~right], f[right]))
+            return pictured(data, rows, f)
+
         def ending(run, alphas, **figures):
             for key, value in [*figures_of(*last), *figures.items()]:
                 note(key, value)
@@ -728,7 +737,8 @@ def study_mechanisms(folders, seeds, epochs=2):
             reduced_search(module, [word.format(*tasks) for word in argv] + [
                 *shares, "--base", "darts-1st", "--epochs", str(epochs), "--seed", str(seed)],
                 (module, function, remembering), (ops, "end_epoch", ending),
-                (np, "where", seeing_masks), (lease, "explanations", seeing_explanations))
+                (np, "where", seeing_masks), (lease, "explanations", seeing_explanations),
+                (lpt, "tests", seeing_weights))
         for key, values in found.items():
             print(f"| {name}: {key} | " + " | ".join(
                 spread(values[epoch::epochs]) for epoch in range(epochs)) + " |", flush=True)
