@@ -2150,8 +2150,7 @@ def interrupted(module, argv, folder, monkeypatch, saves):
     return [found[n - 1] for n in saves]
 
 
-@slow
-@pytest.mark.parametrize("group", ["parts", "run"])
+@pytest.mark.parametrize("group", slow_but({1}, ["parts", "run"]))
 def test_every_saved_field_is_needed(group, tmp_path, monkeypatch):
     """With one field of a checkpoint as it was in the beginning a run ends elsewhere, or not."""
     argv = [*TINY, *FIRST, *PRUNED, "--checkpoint-minutes", 0]
