@@ -1,4 +1,4 @@
-"""Print the measurements that the README reports; the checks are in test_smoke.py.
+"""Print what measurements.md reports; the checks are in test_smoke.py.
 
     python .ci/measure.py --bench [--device cuda] [--peers DIR] [--data DIR]
     python .ci/measure.py --worth [--data DIR DIR]
@@ -607,6 +607,13 @@ def count_calls():
 LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5", "1", "2", "5"))]
 
 
+def labels_auc(f, rows, wrong):
+    """Return how often a rightly labelled image weighs more than a wrongly labelled one; f: of the
+    images `rows`, wrong: of all."""
+    bad = wrong[torch.as_tensor(rows)]
+    return tests.auc(f[bad], f[~bad])
+
+
 def study_labels(folders, seeds, settings=LABELS, epochs=2):
     """Print whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them
     less, 0.5: no telling, 0: all more) after every epoch of a search."""
@@ -629,8 +636,7 @@ def study_labels(folders, seeds, settings=LABELS, epochs=2):
         return data
 
     def watched(data, rows, f):
-        bad = wrong["rows"][torch.as_tensor(rows)]
-        found.append(tests.auc(f[bad], f[~bad]))
+        found.append(labels_auc(f, rows, wrong["rows"]))
         return picture(data, rows, f)
 
     print(f"{dataset}, {seeds} seeds: AUC after each epoch\n\n| |"
@@ -722,9 +728,8 @@ def study_mechanisms(folders, seeds, epochs=2):
 
         def seeing_weights(data, rows, f):
             if not folders:
-                right = data.labels == tests.synthetic_truth(len(data.classes), 16)
-                right = right[torch.as_tensor(rows)]
-                note("AUC of right labels", tests.auc(f[~right], f[right]))
+                wrong = data.labels != tests.synthetic_truth(len(data.classes), 16)
+                note("AUC of right labels", labels_auc(f, rows, wrong))
             return pictured(data, rows, f)
 
         def ending(run, alphas, **figures):
