@@ -2,6 +2,7 @@
 
     python .ci/measure.py --bench [--device cuda] [--peers DIR] [--data DIR]
     python .ci/measure.py --worth [--data DIR DIR]
+    python .ci/measure.py --starts [--data DIR]
     python .ci/measure.py --calls
     python .ci/measure.py --labels 3 [--data DIR]
     python .ci/measure.py --mechanisms 5 [--data DIR DIR]
@@ -13,6 +14,7 @@
           lower precision with float64's.
 --worth   how well gradients of A by several ways predict the change of the objective where A moves,
           and how far the objective falls along each, in reduced searches.
+--starts  whether LeaSE's gradient from one start of delta descends the objective at others.
 --calls   the operator calls of a first step of each script at the defaults' sizes.
 --labels  whether LPT's tester weighs wrong labels less, for several lambda, as AUC over seeds.
 --mechanisms  a table: is LPT's test harder than its bank, and what is the created test's share;
@@ -520,6 +522,29 @@ def lease_case(problem):
                             "the explainer's part": {"exact": exact}}
 
 
+def at_steps(module, argv, moments, batches, measure, end):
+    """Run a reduced search; in each of so many steps from every moment on call measure(step, the
+    problem of A's gradient), after the last of them end(moment)."""
+    function = "outer_gradients" if module is lpt else "outer_gradient"
+    real, step = getattr(module, function), itertools.count()
+
+    def watched(*args):
+        now = next(step)
+        when = next((w for w in moments if w <= now < w + batches), None)
+        if when is not None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module, function, real)
+                measure(now, list(copy.deepcopy(args[:7])))
+            if now == when + batches - 1:
+                end(when)
+            if now == moments[-1] + batches - 1:
+                raise Enough
+        return real(*args)
+
+    with contextlib.suppress(Enough):
+        reduced_search(module, [*argv, "--epochs", "20"], (module, function, watched))
+
+
 def study_worth(folders, count=12, batches=5, *moments):
     """Print what gradients of A are worth to a search: R2 of the change that they predict where A
     moves in random directions, and how far it falls along minus themselves; mean and deviation over
@@ -528,43 +553,74 @@ def study_worth(folders, count=12, batches=5, *moments):
     moments, one = moments or (0, 50, 200), ["--dataset", tasks[0]]
     for name, module, argv in (("LPT", lpt, one), ("LeaSE", lease, [*one, *ONE_RADIUS]),
                                ("IL", il, ["--tasks", *tasks])):
-        function = "outer_gradients" if module is lpt else "outer_gradient"
-        real, step, found = getattr(module, function), itertools.count(), {}
+        found = {}
 
         def measure(now, problem):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(module, function, real)
-                scales = (0.01, 0.3) if module is lease else ("",)
-                for scale in scales:
-                    at = list(problem)
-                    if scale:
-                        at[3] = at[3] * scale / 0.01
-                    case = lease_case(at) if scale else plain_case(module, at)
-                    for part, row, column, value in worth(*case, count, now):
-                        title = f"{part}{scale and f', start {scale}'}"
-                        rows = found.setdefault(title, {}).setdefault(row, {})
-                        rows.setdefault(column, []).append(value)
+            for scale in (0.01, 0.3) if module is lease else ("",):
+                at = list(problem)
+                if scale:
+                    at[3] = at[3] * scale / 0.01
+                case = lease_case(at) if scale else plain_case(module, at)
+                for part, row, column, value in worth(*case, count, now):
+                    title = f"{part}{scale and f', start {scale}'}"
+                    rows = found.setdefault(title, {}).setdefault(row, {})
+                    rows.setdefault(column, []).append(value)
 
-        def watched(*args):
-            now = next(step)
-            when = next((w for w in moments if w <= now < w + batches), None)
-            if when is not None:
-                measure(now, copy.deepcopy(args[:7]))
-                if now == when + batches - 1:
-                    print_worth(f"{name} after {when} steps", found)
-                    found.clear()
-                if now == moments[-1] + batches - 1:
-                    raise Enough
-            return real(*args)
+        def end(when):
+            print_worth(f"{name} after {when} steps", found)
+            found.clear()
 
-        with contextlib.suppress(Enough):
-            reduced_search(module, [*argv, "--epochs", "20"], (module, function, watched))
+        at_steps(module, argv, moments, batches, measure, end)
+
+
+def study_starts(folders, count=4, batches=5, *moments):
+    """Print whether LeaSE's gradient from some starts of delta descends the objective at others:
+    its change by a move of 0.09 along minus the gradient of one start, of so many, and of the
+    explainer's part alone, at the starts that it was taken at and at as many fresh ones; the cosine
+    of two starts' gradients. At the defaults, but A learns from the first step."""
+    found = {}
+
+    def measure(now, problem):
+        deltas = [lease.random_delta(problem[3].shape, 0.3, problem[3].device, now, i)
+                  for i in range(2 * count)]
+        alphas = problem[0].alphas
+        start = vector(alphas)
+
+        def at(delta):
+            return [*problem[:3], delta, *problem[4:]]
+
+        def objective(deltas):
+            return statistics.mean(ops.skillearn(*lease.formulation(*at(delta)), exact=False)[0][0]
+                                   .item() for delta in deltas)
+
+        each = [by_difference(lease, at(delta), delta_radius=1.0) for delta in deltas[:count]]
+        ways = {"one start": (each[0], 1), f"mean of {count}": (sum(each) / count, count),
+                "the explainer's part": (by_difference(lease, at(deltas[0]), gamma=0.0), count)}
+        for column, (g, starts) in ways.items():
+            own, fresh = deltas[:starts], deltas[count:]
+            before = objective(own), objective(fresh)
+            nn.utils.vector_to_parameters(start - MOVES[1] * F.normalize(g, dim=0), alphas)
+            values = {"promised": -MOVES[1] * g.norm().item(),
+                      "at its starts": objective(own) - before[0],
+                      "at fresh ones": objective(fresh) - before[1]}
+            nn.utils.vector_to_parameters(start, alphas)
+            for row, value in values.items():
+                found.setdefault(row, {}).setdefault(column, []).append(value)
+        found.setdefault("cosine of two", {}).setdefault("one start", []).append(
+            cosine([each[0]], [each[1]]))
+
+    def end(when):
+        print_worth(f"LeaSE after {when} steps", {"objective": found})
+        found.clear()
+
+    at_steps(lease, ["--dataset", data_sets(folders)[0], "--warm-up", "0"], moments or (0, 50, 200),
+             batches, measure, end)
 
 
 def print_worth(title, found):
     """Print a table for each part of an objective."""
     for part, rows in found.items():
-        columns = list(rows["norm of the gradient"])
+        columns = max(rows.values(), key=len)
         sys.stdout.write(f"| {title}: {part} | " + " | ".join(columns) + " |\n"
                          + "|" + "---|" * (len(columns) + 1) + "\n")
         for row, cells in rows.items():
@@ -777,6 +833,9 @@ def get_args():
     add("--worth", type=int, nargs="*", metavar="N",
         help="how well gradients of A predict the objective in a search, and descend it: random "
              "directions, batches, then steps of the search (12 5 0 50 200)")
+    add("--starts", type=int, nargs="*", metavar="N",
+        help="whether LeaSE's gradient from one start of delta descends at others: starts, batches, "
+             "then steps of the search (4 5 0 50 200)")
     add("--calls", action="store_true", help="print the operator calls of a step at the defaults")
     add("--labels", type=int, metavar="SEEDS",
         help="how LPT's tester weighs wrong labels, for several lambda")
@@ -792,11 +851,10 @@ def get_args():
         help="ImageFolder trees of 32-pixel images; IL takes all, others the first")
     add("--memory-of", metavar="STEP", help="the MiB that one step of --bench adds: 'LPT: ours'")
     args = parser.parse_args()
-    worth = args.worth is not None
-    if not (args.bench or worth or args.calls or args.labels or args.mechanisms or args.soak
+    chosen = args.worth is not None or args.starts is not None
+    if not (args.bench or chosen or args.calls or args.labels or args.mechanisms or args.soak
             or args.memory_of):
-        parser.error("give --bench, --worth, --calls, --labels, --mechanisms or --soak; the tests "
-                     "are python -m pytest test_smoke.py")
+        parser.error("say what to measure; the tests are python -m pytest test_smoke.py")
     return args
 
 
@@ -810,6 +868,8 @@ def main():
         bench_precision(args.data and args.data[0], args.device)
     if args.worth is not None:
         study_worth(args.data, *args.worth)
+    if args.starts is not None:
+        study_starts(args.data, *args.starts)
     if args.calls:
         count_calls()
     if args.labels:
