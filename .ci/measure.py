@@ -6,6 +6,7 @@
     python .ci/measure.py --calls
     python .ci/measure.py --labels 3 [--data DIR]
     python .ci/measure.py --mechanisms 5 [--data DIR DIR]
+    python .ci/measure.py --curves runs > curves.svg
     python .ci/measure.py --soak
 
 --bench   Markdown tables: the time, memory and operator calls of a step of each method beside the
@@ -19,6 +20,7 @@
 --labels  whether LPT's tester weighs wrong labels less, for several lambda, as AUC over seeds.
 --mechanisms  a table: is LPT's test harder than its bank, and what is the created test's share;
           do IL's learners stay close and learn as well as JL's; does LeaSE mark the object.
+--curves  LPT's test errors over lambda and gamma, from runs that are there, as an SVG.
 --soak    a line per script after 150 kills (or as many as given), how many of 2,000 damages of a
           checkpoint are seen, and how memory grows in 180 steps.
 """
@@ -28,6 +30,8 @@ import contextlib
 import copy
 import importlib
 import itertools
+import json
+import math
 import statistics
 import subprocess
 import sys
@@ -805,6 +809,55 @@ def study_mechanisms(folders, seeds, epochs=2):
                 spread(values[epoch::epochs]) for epoch in range(epochs)) + " |", flush=True)
 
 
+# ------------------------------------------------------------------------------------- the curves
+
+
+def curves_svg(folder):
+    """Return the test errors of LPT's cells over lambda and over gamma (Skillearn Figures 4 and 5)
+    as an SVG, mean and standard deviation over seeds, beside those of random cells, from the
+    results of evaluate.py below a folder."""
+    results = [json.loads(file.read_text()) for file in sorted(folder.rglob("result.json"))]
+    random = [r["test_error"] for r in results if r["cell"] == "random"]
+    panels = {}
+    for title, name, other in (("λ", "lam", "gamma"), ("γ", "gamma", "lam")):
+        errors = {}
+        for r in results:
+            if r["cell"] == "LPT-R18-DARTS-2nd" and r["search"][other] == 1:
+                errors.setdefault(r["search"][name], []).append(r["test_error"])
+        panels[title] = sorted(errors.items())
+    groups = [random, *(e for panel in panels.values() for _, e in panel)]
+    low = min(statistics.mean(e) - statistics.stdev(e) for e in groups)
+    high = max(statistics.mean(e) + statistics.stdev(e) for e in groups)
+    parts, height, width = [], 150, 300
+
+    def at(error):
+        return 70 + height * (high - error) / (high - low)
+
+    for i, (title, panel) in enumerate(panels.items()):
+        x0, end = 64 + 390 * i, math.log(panel[-1][0] / panel[0][0])
+        mean, deviation = statistics.mean(random), statistics.stdev(random)
+        parts.append(
+            f'<text x="{x0 - 44}" y="32" class="h">test error, %, over {title}</text>'
+            f'<rect x="{x0}" y="{at(mean + deviation):.1f}" width="{width}" opacity="0.25" '
+            f'height="{at(mean - deviation) - at(mean + deviation):.1f}" class="d"/>'
+            f'<path d="M{x0} {at(high)}V{at(low)}H{x0 + width}" class="w"/>'
+            f'<text x="{x0 - 8}" y="{at(high) + 5}" class="t">{high:.1f}</text>'
+            f'<text x="{x0 - 8}" y="{at(low)}" class="t">{low:.1f}</text>')
+        points = []
+        for value, errors in panel:
+            x = x0 + 20 + (width - 40) * math.log(value / panel[0][0]) / end
+            mean, deviation = statistics.mean(errors), statistics.stdev(errors)
+            points.append(f"{x:.1f},{at(mean):.1f}")
+            parts.append(
+                f'<g class="o" stroke="{genotypes.HUES[0]}" fill="{genotypes.HUES[0]}">'
+                f'<path d="M{x:.1f} {at(mean - deviation):.1f}V{at(mean + deviation):.1f}" '
+                f'stroke-width="2"/><circle cx="{x:.1f}" cy="{at(mean):.1f}" r="4"/></g>'
+                f'<text x="{x + 9:.1f}" y="{at(low) + 20}" class="t">{value:g}</text>')
+        parts.append(f'<polyline points="{" ".join(points)}" fill="none" class="o" '
+                     f'stroke="{genotypes.HUES[0]}" stroke-width="1.5"/>')
+    return genotypes.svg("grey: random cells", "".join(parts), 800, 260)
+
+
 # --------------------------------------------------------------------------------------- the soak
 
 
@@ -841,6 +894,8 @@ def get_args():
         help="how LPT's tester weighs wrong labels, for several lambda")
     add("--mechanisms", type=int, metavar="SEEDS",
         help="whether LPT's test is hard, IL's learners stay close, LeaSE marks the object")
+    add("--curves", type=Path, metavar="RUNS",
+        help="print LPT's test errors over lambda and gamma as an SVG, from the results in a folder")
     add("--soak", type=int, nargs="?", const=150, metavar="KILLS",
         help="kill each script so many times (150), then damage checkpoints")
     add("--device", type=torch.device, default="cpu", help="cpu or cuda, for --bench")
@@ -852,8 +907,8 @@ def get_args():
     add("--memory-of", metavar="STEP", help="the MiB that one step of --bench adds: 'LPT: ours'")
     args = parser.parse_args()
     chosen = args.worth is not None or args.starts is not None
-    if not (args.bench or chosen or args.calls or args.labels or args.mechanisms or args.soak
-            or args.memory_of):
+    if not (args.bench or chosen or args.calls or args.labels or args.mechanisms or args.curves
+            or args.soak or args.memory_of):
         parser.error("say what to measure; the tests are python -m pytest test_smoke.py")
     return args
 
@@ -876,6 +931,8 @@ def main():
         study_labels(args.data, args.labels)
     if args.mechanisms:
         study_mechanisms(args.data, args.mechanisms)
+    if args.curves:
+        print(curves_svg(args.curves))
     if args.soak:
         soak(args.soak)
 
