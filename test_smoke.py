@@ -1660,17 +1660,6 @@ def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys)
     assert {op for op, _ in cell.normal + cell.reduce} <= set(genotypes.PRIMITIVES[1:])
 
 
-@slow
-def test_pdarts_grows_to_17_cells(tmp_path, capsys):
-    assert search("il", "--base", "pdarts", "--layers", 5, 11, 17, "--epochs", 1, "--warm-up", 0,
-                  "--joint", "--out", tmp_path / "run") == 0
-    out = capsys.readouterr().out
-    for stage, cells, kept in ((1, 5, 8), (2, 11, 5), (3, 17, 3)):
-        assert f"stage {stage} of 3: {cells} cells, {kept} candidates an edge" in out
-    parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
-    assert max(int(name.split(".")[2]) for name in parts["nets"] if ".cells." in name) == 16
-
-
 def test_epochs_without_architecture_leave_both_players_alone(tmp_path, monkeypatch):
     states, write_checkpoint = [], ops.write_checkpoint
     monkeypatch.setattr(ops, "write_checkpoint", lambda folder, content: (
@@ -1882,17 +1871,6 @@ def test_broken_images_and_folders(module, what, tmp_path, monkeypatch, capsys):
     if what in IMAGE and what != "a strange name":
         assert str(file.relative_to(tmp_path)) in error
     assert module is lease or not (tmp_path / "runs").exists()    # which reads as it goes
-
-
-@slow
-def test_one_broken_image_of_thousands_is_named(tmp_path, capsys):
-    train = write_folder(tmp_path, n=2) / "train"
-    body = (train / "cat" / "0.png").read_bytes()
-    for i in range(3000):
-        (train / "cat" / f"{i}.png").write_bytes(body[:-30] if i == 1234 else body)
-    begin = time.time()
-    assert run_script(lpt, "--dataset", "folder", "--data", tmp_path, *SMALL[2:]) == 2
-    assert f"{train}/cat/1234.png" in capsys.readouterr().err and time.time() - begin < 5
 
 
 @pytest.mark.parametrize("kind,damage", [("CIFAR10", "flipped"), ("CIFAR100", "malicious")])
@@ -2891,24 +2869,6 @@ def test_reading_processes_however_they_start(tmp_path, started):
     multiprocessing.set_start_method(before, force=True)
     first, *others = found.values()
     assert all(same(a, b) for other in others for a, b in zip(first, other))
-
-
-@slow
-@pytest.mark.filterwarnings("ignore:This process")
-def test_a_reader_carries_nothing_of_a_run(tmp_path, started):
-    """Into a process that is started afresh; which is kept from one pass to the next."""
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
-    root, rows = imagenet_folder(tmp_path, 4), np.arange(12)
-    here, there = (ops.load_images("imagenet", root, "cpu", 64, workers=n) for n in (0, 1))
-    streams = [ops.Stream(here, rows, 4, 1, "train"), ops.Stream(there, rows, 4, 1, "train")]
-    for step in (0, 1, 5):
-        assert same([*streams[0](step)], [*streams[1](step)])
-    for _ in range(2):
-        for (x, _), (y, _) in zip(ops.batches(here, rows, 5), ops.batches(there, rows, 5)):
-            assert torch.equal(x, y)
-    assert len(started) == 2
-    multiprocessing.set_start_method(before, force=True)
 
 
 def test_no_context_on_a_gpu_that_is_not_used(tmp_path, monkeypatch):

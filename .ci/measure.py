@@ -887,15 +887,15 @@ def get_args():
         help="how well gradients of A predict the objective in a search, and descend it: random "
              "directions, batches, then steps of the search (12 5 0 50 200)")
     add("--starts", type=int, nargs="*", metavar="N",
-        help="whether LeaSE's gradient from one start of delta descends at others: starts, batches, "
-             "then steps of the search (4 5 0 50 200)")
+        help="whether LeaSE's gradient from one start of delta descends at others: starts, "
+             "batches, then steps of the search (4 5 0 50 200)")
     add("--calls", action="store_true", help="print the operator calls of a step at the defaults")
     add("--labels", type=int, metavar="SEEDS",
         help="how LPT's tester weighs wrong labels, for several lambda")
     add("--mechanisms", type=int, metavar="SEEDS",
         help="whether LPT's test is hard, IL's learners stay close, LeaSE marks the object")
     add("--curves", type=Path, metavar="RUNS",
-        help="print LPT's test errors over lambda and gamma as an SVG, from the results in a folder")
+        help="print LPT's test errors over lambda and gamma as an SVG, from a folder's results")
     add("--soak", type=int, nargs="?", const=150, metavar="KILLS",
         help="kill each script so many times (150), then damage checkpoints")
     add("--device", type=torch.device, default="cpu", help="cpu or cuda, for --bench")
