@@ -597,9 +597,15 @@ def study_starts(folders, count=4, batches=5, *moments):
             return statistics.mean(ops.skillearn(*lease.formulation(*at(delta)), exact=False)[0][0]
                                    .item() for delta in deltas)
 
-        each = [by_difference(lease, at(delta), delta_radius=1.0) for delta in deltas[:count]]
-        ways = {"one start": (each[0], 1), f"mean of {count}": (sum(each) / count, count),
-                "the explainer's part": (by_difference(lease, at(deltas[0]), gamma=0.0), count)}
+        ways = {"the explainer's part": (by_difference(lease, at(deltas[0]), gamma=0.0), count)}
+        for name, gradient in (("exact", lambda delta: vector(lease.exact_gradient(*at(delta))[0])),
+                               ("difference", lambda delta: by_difference(lease, at(delta),
+                                                                          delta_radius=1.0))):
+            each = [gradient(delta) for delta in deltas[:count]]
+            ways |= {f"{name}, one start": (each[0], 1),
+                     f"{name}, mean of {count}": (sum(each) / count, count)}
+            found.setdefault("cosine of two starts", {}).setdefault(
+                f"{name}, one start", []).append(cosine([each[0]], [each[1]]))
         for column, (g, starts) in ways.items():
             own, fresh = deltas[:starts], deltas[count:]
             before = objective(own), objective(fresh)
@@ -610,8 +616,6 @@ def study_starts(folders, count=4, batches=5, *moments):
             nn.utils.vector_to_parameters(start, alphas)
             for row, value in values.items():
                 found.setdefault(row, {}).setdefault(column, []).append(value)
-        found.setdefault("cosine of two", {}).setdefault("one start", []).append(
-            cosine([each[0]], [each[1]]))
 
     def end(when):
         print_worth(f"LeaSE after {when} steps", {"objective": found})
