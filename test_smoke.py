@@ -2698,7 +2698,7 @@ WAITS = {"lpt": 9, "il": 11, "lease": 7, "evaluate": 3}
 
 @pytest.mark.parametrize("method,base", [
     *(pytest.param(m, b, marks=slow)                               # slowest late in a long process
-      for m in METHODS for b in ops.BASES), ("evaluate", "")])
+      for m in METHODS for b in ("darts-2nd", "darts-", "pcdarts", "pdarts")), ("evaluate", "")])
 def test_a_foreign_device_is_all_that_a_step_uses(method, base, tmp_path):
     module, given = RUNS[method]
     given = [*given, "--rounds", 2] if method == "il" else given
