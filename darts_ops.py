@@ -1264,14 +1264,14 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
 
 
 def search_recipe(chosen, changes: dict) -> dict:
-    """Return a base's defaults for chosen.dataset, with a method's own: base (or "all") ->
-    defaults."""
+    """Return a base's defaults for chosen.dataset (IL has tasks), with a method's own: base (or
+    "all") -> defaults."""
     recipe = BASES[chosen.base] | changes.get("all", {}) | changes.get(chosen.base, {})
-    if chosen.dataset == "imagenet":
+    if task_names(chosen) == ["imagenet"]:
         recipe = recipe | IMAGENET | IMAGENET_BASES.get(chosen.base, {})
     if chosen.quick:
-        images = ({"dataset": "synthetic"} if chosen.dataset else
-                  {"tasks": ["synthetic:10", "synthetic:5"]})
+        images = ({"tasks": ["synthetic:10", "synthetic:5"]} if hasattr(chosen, "tasks") else
+                  {"dataset": "synthetic"})
         recipe = recipe | images | dict(
             image_size=16, channels=4 * min(2, recipe["partial"]), batch_size=50, order=1, lr=0.1,
             alpha_lr=0.1, log_every=10)
@@ -1300,25 +1300,15 @@ def check_search(args):
         raise BadInput("--subsets: two shares above 0, together at most 1")
 
 
-def first_look(parser, argv):
-    """Return what the other arguments' defaults hang on: base, dataset and quick."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--base", choices=BASES, default=parser.get_default("base"))
-    early.add_argument("--dataset", default=parser.get_default("dataset"))
-    early.add_argument("--quick", action=flag, default=False)
-    try:
-        return early.parse_known_args(argv)[0]
-    except argparse.ArgumentError:                                # the parser itself says which
-        return early.parse_args([])
-
-
 def parse(parser, argv, method: str, recipe):
     """Return the parsed arguments and, with --resume, the checkpoint to go on from.
 
-    recipe(chosen) gives the defaults that hang on what first_look returns. --resume takes the saved
-    run's arguments, and an argument given with it must agree. Raises BadInput.
+    recipe(chosen) gives the defaults that hang on other arguments, from a first parsing. --resume
+    takes the saved run's arguments, and an argument given with it must agree. Raises BadInput.
     """
-    parser.set_defaults(**recipe(first_look(parser, argv)))
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(**recipe(chosen))
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / run_name(method, args)
     if not args.resume:
