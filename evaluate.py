@@ -304,7 +304,7 @@ def train(args, checkpoint):
               "drop_path": drop_path, "training": training, "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
-    top5_too = f" (top 5: {100 * (1 - top5):.2f}%)" if len(data.classes) > 5 else ""
+    top5_too = f" (top-5 error {100 * (1 - top5):.2f}%)" if len(data.classes) > 5 else ""
     print(f"test error {100 * (1 - top1):.2f}%{top5_too} after the last epoch, on {len(test_rows)} "
           f"images; {args.out}/result.json")
 
