@@ -1977,10 +1977,10 @@ def test_the_commands_of_the_readme(block, tmp_path, monkeypatch, capsys):
         def tiny(chosen):
             found = recipe(chosen)
             layers = [3] * len(found["layers"]) if method != "evaluate" else 3
-            images = {"image_size": 32} if chosen.dataset == "imagenet" else {}
-            return found | images | dict(
+            imagenet = ops.task_names(chosen) == ["imagenet"]
+            return found | ({"image_size": 32} if imagenet else {}) | dict(
                 layers=layers, channels=8 if found.get("partial", 1) > 1 else 2, epochs=1,
-                warm_up=0, batch_size=2 if chosen.dataset == "imagenet" else 15, workers=0)
+                warm_up=0, batch_size=2 if imagenet else 15, workers=0)
         return parse(parser, argv, method, tiny)
 
     monkeypatch.setattr(ops, "parse", small)
