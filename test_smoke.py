@@ -1660,6 +1660,17 @@ def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys)
     assert {op for op, _ in cell.normal + cell.reduce} <= set(genotypes.PRIMITIVES[1:])
 
 
+@slow
+def test_pdarts_grows_to_17_cells(tmp_path, capsys):
+    assert search("il", "--base", "pdarts", "--layers", 5, 11, 17, "--epochs", 1, "--warm-up", 0,
+                  "--joint", "--out", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    for stage, cells, kept in ((1, 5, 8), (2, 11, 5), (3, 17, 3)):
+        assert f"stage {stage} of 3: {cells} cells, {kept} candidates an edge" in out
+    parts = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["parts"]
+    assert max(int(name.split(".")[2]) for name in parts["nets"] if ".cells." in name) == 16
+
+
 def test_epochs_without_architecture_leave_both_players_alone(tmp_path, monkeypatch):
     states, write_checkpoint = [], ops.write_checkpoint
     monkeypatch.setattr(ops, "write_checkpoint", lambda folder, content: (

@@ -582,11 +582,14 @@ def study_starts(folders, count=4, batches=5, *moments):
     its change by a move of 0.09 along minus the gradient of one start, of so many, and of the
     explainer's part alone, at the starts that it was taken at and at as many fresh ones; the cosine
     of two starts' gradients. At the defaults, but A learns from the first step."""
-    found = {}
+    found, (defaults, _) = {}, lease.get_args([])
+
+    def note(row, column, value):
+        found.setdefault(row, {}).setdefault(column, []).append(value)
 
     def measure(now, problem):
-        deltas = [lease.random_delta(problem[3].shape, 0.3, problem[3].device, now, i)
-                  for i in range(2 * count)]
+        deltas = [lease.random_delta(problem[3].shape, defaults.delta_scale, problem[3].device,
+                                     now, i) for i in range(2 * count)]
         alphas = problem[0].alphas
         start = vector(alphas)
 
@@ -599,23 +602,20 @@ def study_starts(folders, count=4, batches=5, *moments):
 
         ways = {"the explainer's part": (by_difference(lease, at(deltas[0]), gamma=0.0), count)}
         for name, gradient in (("exact", lambda delta: vector(lease.exact_gradient(*at(delta))[0])),
-                               ("difference", lambda delta: by_difference(lease, at(delta),
-                                                                          delta_radius=1.0))):
+                               ("difference", lambda delta: by_difference(
+                                   lease, at(delta), delta_radius=defaults.delta_radius))):
             each = [gradient(delta) for delta in deltas[:count]]
             ways |= {f"{name}, one start": (each[0], 1),
                      f"{name}, mean of {count}": (sum(each) / count, count)}
-            found.setdefault("cosine of two starts", {}).setdefault(
-                f"{name}, one start", []).append(cosine([each[0]], [each[1]]))
+            note("cosine of two starts", f"{name}, one start", cosine([each[0]], [each[1]]))
         for column, (g, starts) in ways.items():
             own, fresh = deltas[:starts], deltas[count:]
             before = objective(own), objective(fresh)
             nn.utils.vector_to_parameters(start - MOVES[1] * F.normalize(g, dim=0), alphas)
-            values = {"promised": -MOVES[1] * g.norm().item(),
-                      "at its starts": objective(own) - before[0],
-                      "at fresh ones": objective(fresh) - before[1]}
+            note("promised", column, -MOVES[1] * g.norm().item())
+            note("at its starts", column, objective(own) - before[0])
+            note("at fresh ones", column, objective(fresh) - before[1])
             nn.utils.vector_to_parameters(start, alphas)
-            for row, value in values.items():
-                found.setdefault(row, {}).setdefault(column, []).append(value)
 
     def end(when):
         print_worth(f"LeaSE after {when} steps", {"objective": found})
@@ -821,17 +821,21 @@ def curves_svg(folder):
     as an SVG, mean and standard deviation over seeds, beside those of random cells, from the
     results of evaluate.py below a folder."""
     results = [json.loads(file.read_text()) for file in sorted(folder.rglob("result.json"))]
-    random = [r["test_error"] for r in results if r["cell"] == "random"]
     panels = {}
+
+    def summed_up(errors):
+        return statistics.mean(errors), statistics.stdev(errors)
+
+    random = summed_up([r["test_error"] for r in results if r["cell"] == "random"])
     for title, name, other in (("λ", "lam", "gamma"), ("γ", "gamma", "lam")):
         errors = {}
         for r in results:
             if r["cell"] == "LPT-R18-DARTS-2nd" and r["search"][other] == 1:
                 errors.setdefault(r["search"][name], []).append(r["test_error"])
-        panels[title] = sorted(errors.items())
-    groups = [random, *(e for panel in panels.values() for _, e in panel)]
-    low = min(statistics.mean(e) - statistics.stdev(e) for e in groups)
-    high = max(statistics.mean(e) + statistics.stdev(e) for e in groups)
+        panels[title] = [(value, *summed_up(e)) for value, e in sorted(errors.items())]
+    groups = [random, *(point[1:] for panel in panels.values() for point in panel)]
+    low = min(mean - deviation for mean, deviation in groups)
+    high = max(mean + deviation for mean, deviation in groups)
     parts, height, width = [], 150, 300
 
     def at(error):
@@ -839,7 +843,7 @@ def curves_svg(folder):
 
     for i, (title, panel) in enumerate(panels.items()):
         x0, end = 64 + 390 * i, math.log(panel[-1][0] / panel[0][0])
-        mean, deviation = statistics.mean(random), statistics.stdev(random)
+        mean, deviation = random
         parts.append(
             f'<text x="{x0 - 44}" y="32" class="h">test error, %, over {title}</text>'
             f'<rect x="{x0}" y="{at(mean + deviation):.1f}" width="{width}" opacity="0.25" '
@@ -848,9 +852,8 @@ def curves_svg(folder):
             f'<text x="{x0 - 8}" y="{at(high) + 5}" class="t">{high:.1f}</text>'
             f'<text x="{x0 - 8}" y="{at(low)}" class="t">{low:.1f}</text>')
         points = []
-        for value, errors in panel:
+        for value, mean, deviation in panel:
             x = x0 + 20 + (width - 40) * math.log(value / panel[0][0]) / end
-            mean, deviation = statistics.mean(errors), statistics.stdev(errors)
             points.append(f"{x:.1f},{at(mean):.1f}")
             parts.append(
                 f'<g class="o" stroke="{genotypes.HUES[0]}" fill="{genotypes.HUES[0]}">'
