@@ -1387,6 +1387,12 @@ def test_recipes(module, base, expected):
     assert args.warm_up == waits                                   # LeaSE's departure 9
 
 
+def test_help_shows_the_defaults_of_the_chosen_base(capsys):
+    with pytest.raises(SystemExit):
+        lpt.main(["--help", "--base", "pdarts"])
+    assert "(default: [5, 11, 17])" in " ".join(capsys.readouterr().out.split())
+
+
 # ----------------------------------------------------------------------------- images and streams
 
 
