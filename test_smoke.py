@@ -1942,24 +1942,22 @@ def numbers(text):
 
 
 def test_the_index_of_equations_is_true():
-    """Every equation has one line, and the function it names cites it."""
-    page = PAGES[0].read_text().split("## Where each equation is")[1].split("\n## ")[0]
-    modules = {f"`{m.__name__}.py`": m for m in (lpt, il, lease, ops)}
-    for paper, names, last in (("Skillearn", "LPT|IL|Skillearn", 38), ("LeaSE", "LeaSE", 17)):
-        table, seen = page.split(f"| {paper}, Eq. |")[1].split("\n\n")[0], []
-        for line in table.splitlines()[2:]:
-            which, file, where = (cell.strip() for cell in line.strip("|").split("|"))
-            seen += numbers(which)
-            if not file:
-                assert where.startswith("no code: ")
-                continue
-            text, prefix = modules[file].__doc__, ""
-            if not where.startswith("the docstring"):
-                text = inspect.getsource(getattr(modules[file], where.split("`")[1]))
-                prefix = f"(?:{names}) "
-            cited = re.findall(prefix + r"Eq\. ([0-9][0-9, -]*)", text)
-            assert set(numbers(which)) <= {n for part in cited for n in numbers(part)}, line
-        assert sorted(seen) == list(range(1, last + 1))
+    """Every equation stands in one place, and the function it names cites it."""
+    page = PAGES[0].read_text().split("<summary>Where each equation is")[1].split("</details>")[0]
+    modules, seen = {f"`{m.__name__}.py`": m for m in (lpt, il, lease, ops)}, {}
+    for line in page.splitlines()[4:-1]:
+        paper, file, entries = (cell.strip() for cell in line.strip("|").split("|"))
+        found = seen.setdefault(paper, []) if paper else found
+        for entry in entries.split("; "):
+            where, which = re.match(r"(?:`(\w+)` )?([\d, –]+)", entry).groups()
+            found += numbers(which)
+            assert bool(where) == (file != "no code")
+            if where:
+                text = inspect.getsource(getattr(modules[file], where))
+                cited = re.findall(r"(?:LPT|IL|Skillearn|LeaSE) Eq\. ([0-9][0-9, -]*)", text)
+                assert set(numbers(which)) <= {n for part in cited for n in numbers(part)}, entry
+    assert {paper: sorted(found) for paper, found in seen.items()} == {
+        "Skillearn": list(range(1, 39)), "LeaSE": list(range(1, 18))}
 
 
 def readme_commands():
