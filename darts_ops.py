@@ -719,7 +719,8 @@ def descend(optimizer, grads: list[Tensor], learner: str = "a learner",
     Raises NotFinite, before the step where the loss or a gradient is NaN or infinite. (By the
     2-norm: a maximum may drop NaN on mps.)
     """
-    weights, norm = optimizer.param_groups[0]["params"], nn.utils.get_total_norm(grads)
+    weights = optimizer.param_groups[0]["params"]
+    norm = nn.utils.get_total_norm([g.to_dense() for g in grads])         # ablation 1's are sparse
     if not math.isfinite(norm if loss is None else norm + loss.detach()):
         raise NotFinite(f"the loss or a gradient of {learner} is not finite")
     for w, g in zip(weights, grads, strict=True):
