@@ -1349,14 +1349,16 @@ def test_schedules_of_the_bases():
     def values(base, epochs, **changes):
         args = argparse.Namespace(**ops.BASES[base] | dict(seed=1, epochs=epochs) | changes)
         net, found = ops.Supernet(4, 5, 3), []
-        opt = torch.optim.SGD(net.parameters(), 1)
+        opt, other = (torch.optim.SGD(net.parameters(), 1) for _ in range(2))
         for stage in range(len(args.layers)):
             for epoch in range(epochs):
-                learns = ops.schedule(args, stage, epoch, [net], [opt])
+                learns = ops.schedule(args, stage, epoch, [net], [opt], other, 0.5)
                 found.append((learns, opt.param_groups[0]["lr"], net.knobs.auxiliary,
                               net.knobs.skip_dropout))
+                others.append(other.param_groups[0]["lr"])
         return list(zip(*found))
 
+    others = []                            # of a learner without stages: one cosine over all
     learns, lr, auxiliary, dropout = values("darts-", 50)
     assert all(learns) and auxiliary[0] == 1 and auxiliary[-1] == 0 and not any(dropout)
     assert np.allclose(np.diff(auxiliary), -1 / 49) and (lr[0], round(lr[49], 4)) == (0.025, 0.001)
@@ -1365,6 +1367,7 @@ def test_schedules_of_the_bases():
     assert np.isclose(dropout[25], 0.4 * 24 / 25) and np.isclose(dropout[34], 0.4 * 15 / 25)
     assert np.isclose(dropout[60], 0.7) and np.isclose(dropout[62], 0.7 * np.exp(-0.4))
     assert lr[0] == lr[25] == 0.025 and lr[24] < 2e-4
+    assert np.allclose(others[50:], 0.25 + 0.25 * np.cos(np.pi * np.arange(75) / 75))
     learns, lr, _, _ = values("pcdarts", 50)
     assert learns == (False,) * 15 + (True,) * 35 and lr[0] == 0.1
     imagenet = lpt.get_args(["--dataset", "imagenet", "--base", "pcdarts"])[0]
@@ -1791,7 +1794,11 @@ BAD = [
     (lpt, ["--dataset", "cifar10", "--image-size", 64]), (lpt, ["--dataset", "cifar100"]),
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
-    (lpt, [*TINY, "--gradient", "exact", "--amp", "bf16-all"]),
+    *((lpt, [*TINY, "--epochs", 1, *wrong]) for wrong in (
+        ["--gradient", "exact", "--amp", "bf16-all"], ["--layers", 3, 4], ["--warm-up", 1],
+        ["--channels", 3], ["--batch-size", 2, "--subsets", 0.9, 0.2],
+        ["--batch-size", 2, "--subsets", 0, 0.5],
+        ["--base", "pdarts", "--layers", 3, 3, 3, "--candidates", 3, 5, 8, "--warm-up", 0])),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "full"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
     (il, ["--tasks", "cifar100", "nothing"]),
@@ -1923,7 +1930,8 @@ GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
         {"normal": [["skip_connect", 1], *GOOD["normal"][1:]]}, {"normal": [[["a"], 0]] * 8},
         {"reduce_concat": [2, 2]}, {"reduce_concat": [6]}, {"reduce_concat": []},
         {"reduce_concat": [0, 1]}, {"reduce_concat": None},
-        {"normal_concat": [2, 4, 5]}, {"reduce_concat": [4, 5]}]),       # nothing reads node 3
+        {"normal_concat": [2, 4, 5]}, {"reduce_concat": [4, 5]},         # nothing reads node 3
+        {"normal": [["skip_connect", 0], ["skip_connect", 1]] * 4, "normal_concat": [3, 4, 5]}]),
     json.dumps({k: v for k, v in GOOD.items() if k != "reduce"}), "\x00\xff"],
     ids=lambda t: t[:30])
 def test_malformed_genotypes(text, tmp_path, capsys):
@@ -1944,20 +1952,20 @@ def numbers(text):
 def test_the_index_of_equations_is_true():
     """Every equation stands in one place, and the function it names cites it."""
     page = PAGES[0].read_text().split("<summary>Where each equation is")[1].split("</details>")[0]
-    modules, seen = {f"`{m.__name__}.py`": m for m in (lpt, il, lease, ops)}, {}
+    modules = {f"`{m.__name__}.py`": m for m in (lpt, il, lease, ops)}
+    names, seen, paper = {"Skillearn": "LPT|IL|Skillearn", "LeaSE": "LeaSE"}, {}, ""
     for line in page.splitlines()[4:-1]:
-        paper, file, entries = (cell.strip() for cell in line.strip("|").split("|"))
-        found = seen.setdefault(paper, []) if paper else found
+        title, file, entries = (cell.strip() for cell in line.strip("|").split("|"))
+        paper = title or paper
         for entry in entries.split("; "):
             where, which = re.match(r"(?:`(\w+)` )?([\d, –]+)", entry).groups()
-            found += numbers(which)
+            seen[paper] = sorted(seen.get(paper, []) + numbers(which))
             assert bool(where) == (file != "no code")
             if where:
                 text = inspect.getsource(getattr(modules[file], where))
-                cited = re.findall(r"(?:LPT|IL|Skillearn|LeaSE) Eq\. ([0-9][0-9, -]*)", text)
+                cited = re.findall(rf"(?:{names[paper]}) Eq\. ([0-9][0-9, -]*)", text)
                 assert set(numbers(which)) <= {n for part in cited for n in numbers(part)}, entry
-    assert {paper: sorted(found) for paper, found in seen.items()} == {
-        "Skillearn": list(range(1, 39)), "LeaSE": list(range(1, 18))}
+    assert seen == {"Skillearn": list(range(1, 39)), "LeaSE": list(range(1, 18))}
 
 
 def readme_commands():
