@@ -2790,6 +2790,24 @@ def test_replicas_compute_in_bfloat16_and_drop_their_own_paths(monkeypatch):
     assert devices[0].initial_seed() == first
 
 
+@pytest.mark.parametrize("module,argv,passes", slow_but({0, 3}, [    # a step's: off, bf16, -all
+    (lpt, [*TINY, *FIRST], (0, 1, 2)), (lease, [*LEASE, *FIRST], (0, 3, 8)),
+    (il, [*SMALL, *FIRST, "--tasks", "synthetic:3", "--rounds", 1], (0, 1, 2)),
+    (evaluate, [*TINY, "--arch", "random:1"], (0, 9))]), ids=lambda v: getattr(v, "__name__", None))
+def test_what_amp_computes_in_bfloat16(module, argv, passes, tmp_path, monkeypatch):
+    """The searched network's passes that train weights, or A's too; evaluate's cells', in 4 steps
+    and 2 batches of the test."""
+    seen, part = [], evaluate.Cell if module is evaluate else ops.Supernet
+    forward = part.forward
+    monkeypatch.setattr(part, "forward", lambda *args: (
+        seen.append(torch.is_autocast_enabled("cpu")), forward(*args))[1])
+    for level, count in zip(("off", "bf16", "bf16-all"), passes):
+        seen.clear()
+        assert run_script(module, *argv, "--epochs", 1, "--amp", level, "--out",
+                          tmp_path / level) == 0
+        assert sum(seen) == 2 * count
+
+
 def test_the_auxiliary_head_pools_as_the_adaptive_one():
     """Of which a GPU has no deterministic gradient; 7 and 8 pixels have the published windows."""
     for size in [(n, n) for n in range(2, 40)] + [(5, 9), (6, 13)]:
