@@ -929,6 +929,15 @@ def test_an_explanation_has_unit_scale_and_raises_the_objective():
     assert objective(explanation) > objective(delta) > objective(torch.zeros_like(delta))
 
 
+def test_the_start_of_the_perturbations():
+    """Of the scale that is asked for, and another for another seed, step or rank."""
+    starts = [lease.random_delta((8, 3, 32, 32), 0.3, "cpu", *keys)
+              for keys in ((1, 5, 0), (1, 5, 0), (2, 5, 0), (1, 6, 0), (1, 5, 1))]
+    assert all(abs(start.std() - 0.3) < 0.01 and abs(start.mean()) < 0.01 for start in starts)
+    assert torch.equal(starts[0], starts[1])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(starts[1:], 2))
+
+
 @slow
 def test_a_start_at_zero_and_a_fixed_step_explain_nothing():
     """LeaSE Eq. 7 as printed: at zero the gradient is zero, and a step of 0.025 stays there."""
@@ -1388,6 +1397,27 @@ def test_recipes(module, base, expected):
     assert (args.order, args.lr, args.alpha_lr) == (2, 0.5, expected[3])
     waits = ops.BASES[base]["warm_up"] or (1 if module is lease else 0)
     assert args.warm_up == waits                                   # LeaSE's departure 9
+
+
+SEARCH = dict(channels=16, momentum=0.9, weight_decay=3e-4, grad_clip=5, alpha_weight_decay=1e-3,
+              radius=0.01, epochs=50, layers=[8], lr_min=0.001)
+EVALUATE = dict(layers=20, channels=36, epochs=600, batch_size=96, lr=0.025, decay="cosine",
+                momentum=0.9, weight_decay=3e-4, grad_clip=5, cutout=16, auxiliary_weight=0.4,
+                warm_up=0, label_smoothing=0)
+
+
+@pytest.mark.parametrize("module,argv,expected", [
+    (lpt, [], SEARCH | dict(lam=1, gamma=1, tester_lr=0.025, creator_lr=3e-4,
+                            creator_weight_decay=1e-3, encoder="resnet18")),      # §3.2.2
+    (il, [], SEARCH | dict(lam=100, rounds=2, tasks=["cifar100", "cifar10"])),    # §4.3.1
+    (lease, [], SEARCH | dict(gamma=1, audience_lr=0.025, audience="resnet18")),  # LeaSE §3.2
+    (evaluate, ["--arch", "LPT_PDARTS"], EVALUATE),                               # DARTS §A.2
+    (evaluate, ["--arch", "LPT_PDARTS", "--dataset", "imagenet"], EVALUATE | dict(
+        layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5, decay="linear", cutout=0,
+        weight_decay=3e-5, warm_up=5, label_smoothing=0.1, drop_path=0))])        # P-DARTS §4.3
+def test_the_papers_settings_are_the_defaults(module, argv, expected):
+    args = vars(module.get_args(argv)[0])
+    assert {name: args[name] for name in expected} == expected
 
 
 def test_help_shows_the_defaults_of_the_chosen_base(capsys):
