@@ -1260,6 +1260,7 @@ def test_a_trained_network_in_ones_own_code(tmp_path, monkeypatch, capsys):
     assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out",
                       "runs/network") == 0
     result = json.loads(Path("runs/network/result.json").read_text())
+    assert f"test error {result['test_error']:.2f}% after" in capsys.readouterr().out
     block, = [b for b in python_blocks() if "evaluate.load" in b]
     test = ops.synthetic(3, 8, "cpu", test=True)
     scope = {"image": test.images[-1]}
