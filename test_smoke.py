@@ -1909,6 +1909,7 @@ READERS = {
     evaluate: ["--arch", "random:1", "--dataset", "folder:tree"]}
 
 
+@pytest.mark.filterwarnings("ignore:Image size")                   # of the one that is too large
 @pytest.mark.parametrize("module,what", [
     *((lpt, what) for what in [*IMAGE, *(f"train: {what}" for what in TREE)]),
     (il, "truncated"), (lease, "cut at the end"), (evaluate, "train: no images")],
@@ -2391,8 +2392,9 @@ def test_what_ends_a_run_leaves_its_files(error, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("module", [lpt, il, lease, evaluate], ids=lambda m: m.__name__)
-def test_every_number_is_checked(module, capsys):
-    """Each flag that takes a number, with what is none or out of range."""
+def test_every_number_is_checked(module, tmp_path, monkeypatch, capsys):
+    """Each flag that takes a number, with what is none or out of range; where there are no runs."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         module.main(["--help"])
     page, tried = capsys.readouterr().out, 0
