@@ -1260,8 +1260,8 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add("--tensorboard", action=flag, default=False,
         help="write the figures and pictures for tensorboard too, which must be installed")
     add("--quick", action=flag, default=False,
-        help="a few minutes on synthetic images of 16 pixels; sets few cells, channels and epochs, "
-             "high learning rates, a search's order 1")
+        help="one to three minutes on synthetic images of 16 pixels; sets few cells, channels and "
+             "epochs, high learning rates, a search's order 1")
 
 
 def search_recipe(chosen, changes: dict) -> dict:
