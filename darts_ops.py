@@ -720,7 +720,7 @@ def descend(optimizer, grads: list[Tensor], learner: str = "a learner",
     2-norm: a maximum may drop NaN on mps.)
     """
     weights = optimizer.param_groups[0]["params"]
-    norm = nn.utils.get_total_norm([g.to_dense() for g in grads])         # ablation 1's are sparse
+    norm = nn.utils.get_total_norm([g.to_dense() for g in grads])  # of sparse ones 2.6 has no norm
     if not math.isfinite(norm if loss is None else norm + loss.detach()):
         raise NotFinite(f"the loss or a gradient of {learner} is not finite")
     for w, g in zip(weights, grads, strict=True):
