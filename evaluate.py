@@ -14,6 +14,7 @@ DistributedDataParallel under torchrun; --batch-size is the whole batch in eithe
 """
 
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
@@ -52,7 +54,7 @@ class Cell(nn.Module):
 
     def __init__(self, genotype, C_prev_prev, C_prev, C, reduction, reduction_prev):
         super().__init__()
-        edges, self.concat = (genotype[2:] if reduction else genotype[:2])
+        edges, self.concat = genotype[2:] if reduction else genotype[:2]
         self.preprocess0 = ops.preprocess(C_prev_prev, C, reduction_prev, affine=True)
         self.preprocess1 = ops.preprocess(C_prev, C, affine=True)
         self.inputs = [state for _, state in edges]
@@ -141,22 +143,23 @@ def get_args(argv=None):
     parser = ops.new_parser("Train a network of stacked cells and test it once (DARTS §A.2).",
                             "python evaluate.py --arch LPT_PDARTS")
     add, real = parser.add_argument, ops.real
-    add("--arch", help="a published cell (python genotypes.py --help lists them), a genotype.json "
-                       "or random:SEED")
+    add("--arch", help="a published cell (python genotypes.py --help lists them), a genotype.json, "
+                       "random:SEED, the text Genotype(...) or a log with it")
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
-    add("--count-params", action=ops.flag, default=False, help="print the parameter count and exit")
-    add("--summary", type=Path, nargs="+", default=None, metavar="RUNS",
+    add("--count-params", action=ops.flag, default=False,
+        help="print the numbers of parameters and of multiply-adds, and exit")
+    add("--summary", type=ops.path, nargs="+", default=None, metavar="RUNS",
         help="print a table of the results in these folders, and exit")
     ops.data_arguments(parser)
     add = parser.add_argument_group(
-        "the network and its training (DARTS §A.2; Skillearn §3.2.2); the defaults hang on "
-        "--dataset").add_argument
+        "the network and its training (DARTS §A.2; Skillearn §3.2.2); defaults for --dataset and "
+        "--arch").add_argument
     add("--layers", type=ops.number(int, 3), default=20, help="cells")
     add("--channels", type=ops.number(int, 2), default=36, help="C of the first cell")
     add("--epochs", type=ops.number(int, 1), default=600, help="passes over the training images")
     add("--batch-size", type=ops.number(int, 2), default=96,
-        help="of a step, over all GPUs; IL on P-DARTS and PC-DARTS has 64 (§4.3.1)")
+        help="of a step, over all GPUs; IL's cells on P-DARTS and PC-DARTS have 64 (§4.3.1)")
     add("--lr", type=real, default=0.025, help="SGD, to 0")
     add("--decay", choices=("cosine", "linear"), default="cosine", help="of the learning rate")
     add("--warm-up", type=ops.number(int, 0), default=0, help="epochs of a linear rise to --lr")
@@ -167,12 +170,13 @@ def get_args(argv=None):
     add("--cutout", type=ops.number(int, 0), default=16, help="side of the square cut out; 0: none")
     add("--auxiliary", action=ops.flag, default=True, help="train with the auxiliary head")
     add("--auxiliary-weight", type=real, default=0.4, help="of its loss")
-    add("--drop-path", type=ops.number(float, 0, 0.99), default=None,
-        help="rate that drop-path rises to, linearly over the epochs; else 0.3 for the published "
-             "P-DARTS and PC-DARTS cells, 0.2 for others")
+    add("--drop-path", type=ops.number(float, 0, 0.99), default=0.2,
+        help="rate that drop-path rises to, linearly over the epochs; cells of P-DARTS and "
+             "PC-DARTS have 0.3")
     ops.run_arguments(parser, 50, "off or bf16", ("off", "bf16"))
     args, checkpoint = ops.parse(parser, argv, "evaluate", lambda chosen: (
-        (RECIPE_IMAGENET if chosen.dataset == "imagenet" else {})
+        genotypes.recipe(origin(chosen.arch or ""), chosen.dataset)
+        | (RECIPE_IMAGENET if chosen.dataset == "imagenet" else {})
         | (QUICK if chosen.quick else {})))
     if not args.arch and not args.summary:
         raise ops.BadInput("--arch: name a cell to evaluate")
@@ -181,71 +185,112 @@ def get_args(argv=None):
     return args, checkpoint
 
 
+def origin(arch: str) -> dict:
+    """Return a cell's row in the papers' tables, or its own name, and the data it was found on; if
+    it lies in a search's run folder, also that data's fingerprint and what the search cost."""
+    known, file = genotypes.PUBLISHED.get(arch), Path(arch).expanduser()
+    if known:
+        return {"cell": known.row, "found_on": known.found_on}
+    other = {"cell": "random" if arch.startswith("random:") else arch, "found_on": ""}
+    if file.name != "genotype.json":
+        return other
+    try:
+        folder = file.parent
+        search = json.loads((folder / "run.json").read_text())
+        history = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        args = search["args"]
+        return {"cell": genotypes.row(search["method"], args, search["changed"]),
+                "found_on": "+".join(map(ops.kinds, args.get("tasks") or [args["dataset"]])),
+                "found_in": search["data"],
+                "search_days": sum(line["seconds"] for line in history) / 86400
+                * search["world_size"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return other
+
+
 # ------------------------------------------------------------------------------- the three programs
 
 
 def count_parameters(args):
-    """Print the parameter count of a cell's network, without the auxiliary head, as JSON."""
+    """Print the parameters of a cell's network without the auxiliary head, and its multiply-adds
+    for an image, both in millions, as JSON."""
     classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
     if classes is None:
         raise ops.BadInput(f"--count-params: the classes of {args.dataset} are not fixed")
+    side = args.image_size or 32
     network = Network(genotypes.load(args.arch), args.channels, classes, args.layers, False,
-                      args.dataset == "imagenet")
+                      args.dataset == "imagenet").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, side, side))
     print(json.dumps({"arch": args.arch, "dataset": args.dataset,
-                      "params_M": round(count_params(network), 3)}))
+                      "params_M": round(count_params(network), 3),
+                      "multiply_adds_M": round(counter.get_total_flops() / 2e6, 1)}))
+
+
+NETWORK = ("layers", "channels", "epochs")                        # a column of their own
 
 
 def summary(folders: list[Path]) -> str:
     """Return a Markdown table of the results in run folders or in the folders they lie in: a line
-    per data set, network, cell or search and its settings, whose seeds it takes together."""
+    per data set, network, cell and settings, whose seeds it takes together. Data are told apart by
+    content. The papers' figures are shown only for their own settings."""
     groups = {}
     for folder in folders:
-        files = sorted(folder.rglob("result.json"))
+        def refuse(error):
+            raise ops.BadInput(f"--summary: {error}")
+
+        files = sorted(Path(top) / "result.json" for top, _, names in
+                       os.walk(folder, onerror=refuse) if "result.json" in names)
         if not files:
             raise ops.BadInput(f"--summary: there is no result.json in {folder}")
         for file in files:
             try:
                 r = json.loads(file.read_text())
                 network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
-                setting = r["search"] | {f"evaluate {k}": v for k, v in r["training"].items()}
-                line = (r["test_error"] + 0.0, r["params_M"] + 0.0, r["dataset"],
-                        r.get("search_seconds"))
-                key = r["data"], network, r["cell"], json.dumps(setting, sort_keys=True)
-                groups.setdefault(key, []).append(line)
+                changed = {k: v for k, v in r["changed"].items() if k not in NETWORK}
+                line = (r["test_error"] + 0.0, r["top5_error"] + 0.0, r["params_M"] + 0.0,
+                        json.dumps(r["genotype"]), r.get("search_days"))
+                paper = genotypes.paper_errors(r["cell"], r["found_on"], r["dataset"])
+                on = f" found on {r['found_on']}" if r["dataset"] == "imagenet" else ""
+                how = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))
+                cell = r["cell"] + on + (f", trained with {how}" if how else "")
+                key = (r["data"], network, cell, r["fingerprint"], json.dumps(r.get("found_in")))
+                groups.setdefault(key, (paper if not r["changed"] else ("-", "-"), []))[1].append(
+                    line)
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
                                    ) from None
-    lines = ["| cell | data | network | test error, % | n | parameters, M | search, days | paper |",
-             "|---" * 8 + "|"]
-    for (data, network, cell, setting), runs in sorted(groups.items()):
-        others = [json.loads(k[3]) for k in groups if k[:3] == (data, network, cell)]
-        changed = [f", {k} {v}" for k, v in json.loads(setting).items()
-                   if any(other.get(k) != v for other in others)]
-        errors, params, datasets, seconds = zip(*runs)
-        spread = f" ± {statistics.stdev(errors):.2f}" if len(runs) > 1 else ""
-        days = [s / 86400 for s in seconds if s is not None]
+    lines = ["| cell | data | network | test error, % | top-5 | n | parameters, M | search, "
+             "device-days | paper: error | top-5 |", "|---" * 10 + "|"]
+    for (data, network, cell, *_), (paper, runs) in sorted(groups.items()):
+        errors, top5, params, cells, days = zip(*runs)
+        found, n = len(set(cells)), len(runs)
+        count = f"{n} cells" if found == n > 1 else f"{n} trainings of {found}" if n > 1 else "1"
+        days = [d for d in days if d is not None]
         lines.append("| " + " | ".join((
-            cell + "".join(changed), data, network, f"{statistics.mean(errors):.2f}{spread}",
-            f"{len(runs)}", f"{statistics.mean(params):.3g}",
-            f"{statistics.mean(days):.2g}" if days else "-",
-            genotypes.paper_error(cell, datasets[0]))) + " |")
+            cell, data, network, spread(errors), spread(top5), count,
+            f"{statistics.mean(params):.3g}", f"{statistics.mean(days):.2g}" if days else "-",
+            *paper)) + " |")
     return "\n".join(lines)
+
+
+def spread(values) -> str:
+    """Return mean ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 def train(args, checkpoint):
     """Train a cell's network and test it once, after the last epoch: result.json."""
-    genotype, imagenet = genotypes.load(args.arch), args.dataset == "imagenet"
+    genotype, imagenet = chosen_genotype(args, checkpoint), args.dataset == "imagenet"
     device = ops.start(args)
-    data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
+    data = ops.load_images(args.dataset, args, device)
     *halves, held = ops.split_rows(data.labels, args.seed, args.hold_out)
     rows = np.sort(np.concatenate(halves))
-    stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.cutout)
+    stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.cutout, args.flip)
     test_data, test_rows = data, held
     if not args.hold_out:
-        test_data = ops.load_images(args.dataset, args.data, device, args.image_size, test=True,
-                                    workers=args.workers)
-        if test_data.classes != data.classes:
-            raise ops.BadInput("the test folder's classes are not the training folder's")
+        test_data = ops.load_images(args.dataset, args, device, data.classes)
         test_data.mean, test_data.std = data.mean, data.std
         test_rows = range(len(test_data.labels))
     network_args = dict(C=args.channels, num_classes=len(data.classes), layers=args.layers,
@@ -263,10 +308,6 @@ def train(args, checkpoint):
         model = nn.DataParallel(network)
     weights = list(network.parameters())
     optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay)
-    drop_path = args.drop_path
-    if drop_path is None:
-        known = genotypes.PUBLISHED.get(args.arch)
-        drop_path = known.drop_path if known else 0.2
     run.load({"network": network, "optimizer": optimizer})
     params = count_params(network)
     print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
@@ -275,7 +316,7 @@ def train(args, checkpoint):
 
     for epoch in run.epochs(stream.epoch_steps()):
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
-        network.drop_path = drop_path * epoch / args.epochs
+        network.drop_path = args.drop_path * epoch / args.epochs
         for step in run.steps():
             x, y, _ = stream(step)
             logits, auxiliary = model(x)
@@ -283,10 +324,8 @@ def train(args, checkpoint):
             if auxiliary is not None:
                 total = loss + args.auxiliary_weight * cross_entropy(auxiliary, y,
                                                                      args.label_smoothing)
-            with ops.together():
-                total.backward()                                  # averaged by the wrapper
-            ops.descend(optimizer, [w.grad for w in weights], run.at("the network"), total,
-                        args.grad_clip)
+            total.backward()                                      # averaged by the wrapper
+            ops.descend(optimizer, [w.grad for w in weights], run.at("the network"), args.grad_clip)
             run.log(train_loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean())
         run.end_epoch()
 
@@ -295,13 +334,15 @@ def train(args, checkpoint):
                                     top=(1, 5))
     history = run.state["history"]
     where = args.data.name if args.dataset == "folder" else args.dataset
-    training = {k: v for k, v in ops.plain(args).items()
-                if k not in ("arch", "seed", *ops.MAY_CHANGE)}
-    result = {"arch": args.arch, **search_of(args.arch), "dataset": args.dataset, "data": where,
+    changed = {k: v for k, v in args.changed.items()
+               if k not in ("arch", "dataset", "seed", *ops.MAY_CHANGE)}
+    result = {"arch": args.arch, **origin(args.arch), "dataset": ops.kinds(args.dataset),
+              "data": where, "fingerprint": run.data[0], "genotype": genotype._asdict(),
               "test_error": round(100 * (1 - top1), 4), "top5_error": round(100 * (1 - top5), 4),
               "test_images": len(test_rows), "params_M": round(params, 3), "layers": args.layers,
               "channels": args.channels, "epochs": args.epochs, "seed": args.seed,
-              "drop_path": drop_path, "training": training, "train_loss": history[-1]["train_loss"],
+              "drop_path": args.drop_path, "changed": changed,
+              "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
     top5_too = f" (top-5 error {100 * (1 - top5):.2f}%)" if len(data.classes) > 5 else ""
@@ -309,32 +350,36 @@ def train(args, checkpoint):
           f"images; {args.out}/result.json")
 
 
+def chosen_genotype(args, checkpoint):
+    """Return the cell to train; of a resumed run it must still be the checkpoint's, unless its file
+    is gone. Raises BadInput."""
+    if not checkpoint:
+        return genotypes.load(args.arch)
+    saved = genotypes.validate(json.loads(checkpoint["genotype"]), str(args.out))
+    try:
+        if args.arch == checkpoint["args"]["arch"] and not Path(args.arch).expanduser().exists():
+            return saved
+    except OSError:                                               # a Genotype(...), not a path
+        pass
+    if genotypes.load(args.arch) != saved:
+        raise ops.BadInput(f"--resume: the cell {args.arch} is not that of the run in {args.out}")
+    return saved
+
+
 def cross_entropy(logits, y, label_smoothing):
     return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)    # of bfloat16 too
 
 
 def learning_rate(args, epoch: int) -> float:
-    """Return an epoch's: rising for --warm-up epochs, decaying to 0 after them as if there were
-    none."""
+    """Return an epoch's learning rate: rising for --warm-up epochs, then as if from epoch 0 on.
+    A linear decay is P-DARTS' and PC-DARTS': to a fifth of its slope in the last five epochs."""
+    left = args.epochs - epoch
     if epoch < args.warm_up:
         return args.lr * (epoch + 1) / args.warm_up
-    if args.decay == "linear":
-        return args.lr * (1 - epoch / args.epochs)
-    return ops.cosine(args.lr, 0, epoch, args.epochs)
-
-
-def search_of(arch: str) -> dict:
-    """Return what found a cell that lies in the run folder of a search: the search's name in the
-    papers' tables, its arguments but the seed, its seconds. Of other cells, their name."""
-    try:
-        found = ops.read_checkpoint(Path(arch).parent) if arch.endswith(".json") else None
-    except ops.BadInput:
-        found = None
-    if not found or found["method"] == "evaluate":
-        return {"cell": "random" if arch.startswith("random:") else arch, "search": {}}
-    search = {k: v for k, v in found["args"].items() if k != "seed" and k not in ops.MAY_CHANGE}
-    return {"cell": genotypes.row(found["method"], search), "search": search,
-            "search_seconds": sum(line["seconds"] for line in found["run"]["history"])}
+    if args.decay == "cosine":
+        return ops.cosine(args.lr, 0, epoch, args.epochs)
+    end = max(1, args.epochs - 5)
+    return args.lr * ((left - 5) / end if left > 5 else left / (5 * end))
 
 
 # ------------------------------------------------------------------------------- for your own code
@@ -342,7 +387,8 @@ def search_of(arch: str) -> dict:
 
 def load(folder, device="cpu"):
     """Return a trained network in evaluation mode on a device, its classes' names, and the
-    transform that its images take: from a PIL image or a uint8 tensor (3, H, W) to its input.
+    transform that its images take: from a PIL image of any mode or a uint8 tensor (3, H, W) to its
+    input, as training read the image from its file.
 
         network, classes, transform = evaluate.load("runs/evaluate-LPT_PDARTS-cifar100-1")
         logits, _ = network(transform(image)[None])               # (1, classes)
@@ -356,11 +402,15 @@ def load(folder, device="cpu"):
     genotype = genotypes.validate(json.loads(saved["genotype"]), str(folder))
     network = Network(genotype, **saved["network"])
     network.load_state_dict(saved["parts"]["network"])
-    size = saved["network"]["size"]
-    resize = ([round(size[0] * 256 / 224)] if saved["network"]["imagenet"] else [min(size)])
-    transform = v2.Compose([v2.ToImage(), v2.Resize(resize), v2.CenterCrop(size),
-                            v2.ToDtype(torch.float32, scale=True),
-                            v2.Normalize(saved["mean"], saved["std"])])
+    size, zoom = saved["network"]["size"], 256 / 224 if saved["network"]["imagenet"] else 1
+    mean, std = (torch.tensor(saved[name]).view(3, 1, 1) for name in ("mean", "std"))
+
+    def transform(image):
+        if torch.is_tensor(image):
+            image = v2.functional.to_pil_image(image)
+        image = ops.centre(ops.as_rgb(image), size, zoom)
+        return ops.normalised(v2.functional.pil_to_tensor(image)[None], mean, std)[0]
+
     return ops.place(network, device).eval(), saved["classes"], transform
 
 

@@ -3,6 +3,7 @@
     python genotypes.py LPT_PDARTS           # the cell as text; LPT_PDARTS.svg beside it
     python genotypes.py runs/x/genotype.json # the same for a cell that a search wrote
     python genotypes.py random:1             # the same for a random cell
+    python genotypes.py search.log           # the last Genotype(...) that a DARTS log prints
 
 A cell has two inputs (states 0 and 1: the outputs of the cell before the previous one and of the
 previous one) and intermediate nodes (states 2, 3, ...). Each node adds up two operations on earlier
@@ -10,6 +11,7 @@ states; the output concatenates nodes. A genotype lists (operation, input state)
 """
 
 import argparse
+import ast
 import html
 import json
 from collections import namedtuple
@@ -22,8 +24,8 @@ PRIMITIVES = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
 SHORT = dict(zip(["none", "max", "avg", "skip", "sep3", "sep5", "dil3", "dil5"], PRIMITIVES))
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
-# drop_path: the rate that its network is trained to the end with
-Published = namedtuple("Published", "source normal reduce drop_path", defaults=[0.2])
+# row: its name in the papers' tables; found_on: the data of its search; source: who published it
+Published = namedtuple("Published", "row found_on source normal reduce")
 
 
 class BadInput(Exception):
@@ -34,154 +36,198 @@ class BadInput(Exception):
 # tables are those of Skillearn. LPT_PDARTS is the cell of Tables 7 (CIFAR-100) and 9 (ImageNet).
 PUBLISHED = {
     "DARTS_V1": Published(
-        "DARTS 1st order (Liu et al. 2019)",
+        "DARTS-1st", "cifar10", "Liu et al. 2019",
         "sep3:1 sep3:0 | skip:0 sep3:1 | skip:0 sep3:1 | sep3:0 skip:2",
         "max:0 max:1 | skip:2 max:0 | max:0 skip:2 | skip:2 avg:0"),
     "DARTS_V2": Published(
-        "DARTS 2nd order (Liu et al. 2019)",
+        "DARTS-2nd", "cifar10", "Liu et al. 2019",
         "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:1 skip:0 | skip:0 dil3:2",
         "max:0 max:1 | skip:2 max:1 | max:0 skip:2 | skip:2 max:1"),
     "PDARTS": Published(
-        "P-DARTS CIFAR-10 (Chen et al. 2019)",
+        "P-DARTS", "cifar10", "Chen et al. 2019",
         "skip:0 dil3:1 | skip:0 sep3:1 | sep3:1 sep3:3 | sep3:0 dil5:4",
-        "avg:0 sep5:1 | sep3:0 dil5:2 | max:0 dil3:1 | dil3:1 dil5:3", 0.3),
+        "avg:0 sep5:1 | sep3:0 dil5:2 | max:0 dil3:1 | dil3:1 dil5:3"),
     "PC_DARTS_cifar": Published(
-        "PC-DARTS CIFAR-10 (Xu et al. 2020)",
+        "PC-DARTS", "cifar10", "Xu et al. 2020",
         "sep3:1 skip:0 | sep3:0 dil3:1 | sep5:0 sep3:1 | avg:0 dil3:1",
-        "sep5:1 max:0 | sep5:1 sep5:2 | sep3:0 sep3:3 | sep3:1 sep3:2", 0.3),
+        "sep5:1 max:0 | sep5:1 sep5:2 | sep3:0 sep3:3 | sep3:1 sep3:2"),
     "PC_DARTS_image": Published(
-        "PC-DARTS ImageNet (Xu et al. 2020)",
+        "PC-DARTS", "imagenet", "Xu et al. 2020",
         "skip:1 sep3:0 | sep3:0 skip:1 | sep3:1 sep3:3 | sep3:1 dil5:4",
-        "sep3:0 skip:1 | dil5:2 max:1 | sep3:2 sep3:1 | sep5:0 sep3:3", 0.3),
+        "sep3:0 skip:1 | dil5:2 max:1 | sep3:2 sep3:1 | sep5:0 sep3:3"),
     "LPT_DARTS_1ST_R18_CIFAR100": Published(
-        "LPT-R18-DARTS-1st, CIFAR-100; authors' DARTS_CIFAR100_TS_1ST",
+        "LPT-R18-DARTS-1st", "cifar100", "authors' DARTS_CIFAR100_TS_1ST",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
         "avg:0 avg:1 | skip:2 avg:0 | skip:2 avg:0 | skip:2 avg:0"),
     "LPT_DARTS_R18_CIFAR100": Published(
-        "LPT-R18-DARTS-2nd, CIFAR-100; authors' DARTS_CIFAR100_TS_18",
+        "LPT-R18-DARTS-2nd", "cifar100", "authors' DARTS_CIFAR100_TS_18",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
         "avg:0 skip:1 | avg:0 skip:2 | avg:0 skip:2 | skip:2 avg:0"),
     "LPT_DARTS_R50_CIFAR100": Published(
-        "LPT-R50-DARTS-2nd, CIFAR-100; authors' DARTS_CIFAR100_TS_50",
+        "LPT-R50-DARTS-2nd", "cifar100", "authors' DARTS_CIFAR100_TS_50",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 dil3:1 | skip:0 dil3:1",
         "max:1 max:0 | max:0 dil5:2 | skip:2 max:0 | skip:2 max:0"),
     "LPT_DARTS_PLUS_R18_CIFAR100": Published(
-        "LPT-R18-DARTS+, CIFAR-100; authors' DARTS_CIFAR100_TS_18_ES",
+        "LPT-R18-DARTS+", "cifar100", "authors' DARTS_CIFAR100_TS_18_ES",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | sep5:2 skip:0",
         "max:0 skip:1 | max:0 skip:2 | max:0 sep5:3 | max:0 skip:2"),
     "LPT_PDARTS": Published(
-        "LPT-R18-P-DARTS, CIFAR-100; authors' PDARTS_TS_CIFAR100",
+        "LPT-R18-P-DARTS", "cifar100", "authors' PDARTS_TS_CIFAR100",
         "sep3:0 sep5:1 | skip:0 sep3:1 | sep3:0 skip:2 | sep3:0 sep3:1",
-        "dil3:0 avg:1 | dil3:1 sep5:2 | sep5:1 sep5:2 | avg:0 dil5:2", 0.3),
+        "dil3:0 avg:1 | dil3:1 sep5:2 | sep5:1 sep5:2 | avg:0 dil5:2"),
     "LPT_PDARTS_R50_CIFAR100": Published(
-        "LPT-R50-P-DARTS, CIFAR-100; authors' PDARTS_TS_50_CIFAR100",
+        "LPT-R50-P-DARTS", "cifar100", "authors' PDARTS_TS_50_CIFAR100",
         "skip:0 dil5:1 | sep3:0 sep3:1 | max:0 skip:2 | sep3:0 sep3:1",
-        "avg:0 sep3:1 | avg:0 dil3:2 | avg:0 sep3:3 | avg:0 sep3:2", 0.3),
+        "avg:0 sep3:1 | avg:0 dil3:2 | avg:0 sep3:3 | avg:0 sep3:2"),
     "LPT_DARTS_MINUS_R18_CIFAR100": Published(
-        "LPT-R18-DARTS-, CIFAR-100; authors' DARTS_MINUS_TS_CIFAR100_NEW",
+        "LPT-R18-DARTS-", "cifar100", "authors' DARTS_MINUS_TS_CIFAR100_NEW",
         "sep3:0 sep3:1 | sep3:0 skip:1 | dil5:0 skip:1 | skip:0 skip:1",
         "sep3:0 sep5:1 | skip:2 avg:1 | skip:2 skip:3 | skip:2 skip:3"),
     "LPT_DARTS_1ST_R18_CIFAR10": Published(
-        "LPT-R18-DARTS-1st, CIFAR-10; authors' DARTS_CIFAR10_TS_1ST",
+        "LPT-R18-DARTS-1st", "cifar10", "authors' DARTS_CIFAR10_TS_1ST",
         "sep3:0 dil5:1 | skip:0 sep5:1 | skip:0 dil3:1 | skip:0 dil3:1",
         "max:0 max:1 | skip:2 max:0 | max:1 skip:2 | skip:2 skip:3"),
     "LPT_DARTS_R18_CIFAR10": Published(
-        "LPT-R18-DARTS-2nd, CIFAR-10; authors' DARTS_CIFAR10_TS_18_V2",
+        "LPT-R18-DARTS-2nd", "cifar10", "authors' DARTS_CIFAR10_TS_18_V2",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 dil5:1",
         "avg:0 avg:1 | avg:0 skip:2 | skip:2 avg:1 | avg:0 skip:2"),
     "LPT_DARTS_R50_CIFAR10": Published(
-        "LPT-R50-DARTS-2nd, CIFAR-10; authors' DARTS_CIFAR10_TS_50",
+        "LPT-R50-DARTS-2nd", "cifar10", "authors' DARTS_CIFAR10_TS_50",
         "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:0 skip:1 | skip:0 dil3:1",
         "dil3:0 sep3:1 | max:0 skip:2 | skip:2 skip:3 | skip:2 skip:3"),
     "LPT_DARTS_PLUS_R18_CIFAR10": Published(
-        "LPT-R18-DARTS+, CIFAR-10; authors' DARTS_CIFAR10_TS_18_ES",
+        "LPT-R18-DARTS+", "cifar10", "authors' DARTS_CIFAR10_TS_18_ES",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 sep5:1",
         "avg:0 avg:1 | avg:0 skip:2 | skip:2 max:0 | avg:0 skip:2"),
     "LPT_DARTS_MINUS_R18_CIFAR10": Published(
-        "LPT-R18-DARTS-, CIFAR-10; authors' DARTS_MINUS_TS_CIFAR10_NEW",
+        "LPT-R18-DARTS-", "cifar10", "authors' DARTS_MINUS_TS_CIFAR10_NEW",
         "sep3:1 sep3:0 | sep3:0 sep5:1 | sep3:0 skip:1 | skip:0 skip:1",
         "sep3:1 sep3:0 | skip:2 max:1 | skip:2 skip:3 | skip:2 skip:3"),
     "LPT_PDARTS_R18_CIFAR10": Published(
-        "LPT-R18-P-DARTS, CIFAR-10; authors' PDARTS_TS_CIFAR10",
+        "LPT-R18-P-DARTS", "cifar10", "authors' PDARTS_TS_CIFAR10",
         "sep3:0 sep3:1 | sep3:0 dil3:2 | skip:0 dil3:3 | skip:2 dil5:4",
-        "avg:0 dil3:1 | avg:0 dil5:2 | skip:0 sep3:3 | sep3:0 dil3:2", 0.3),
+        "avg:0 dil3:1 | avg:0 dil5:2 | skip:0 sep3:3 | sep3:0 dil3:2"),
     "LPT_PC_DARTS_R18_IMAGENET": Published(
-        "LPT-R18-PC-DARTS, ImageNet; authors' PCDARTS_TS_IMAGENET",
+        "LPT-R18-PC-DARTS", "imagenet", "authors' PCDARTS_TS_IMAGENET",
         "sep5:1 dil5:0 | sep3:0 sep3:1 | sep3:1 sep3:3 | sep5:1 sep5:3",
-        "sep3:0 sep3:1 | dil5:2 sep5:0 | max:2 dil5:3 | dil5:4 dil5:3", 0.3),
+        "sep3:0 sep3:1 | dil5:2 sep5:0 | max:2 dil5:3 | dil5:4 dil5:3"),
     "LPT_PDARTS_CIFAR100_ABLATION_1": Published(
-        "LPT-R18-P-DARTS, ablation 1, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_1",
+        "LPT-R18-P-DARTS, ablation 1", "cifar100", "authors' PDARTS_TS_18_CIFAR100_AB_1",
         "dil3:0 sep3:1 | skip:0 sep3:2 | sep3:0 dil3:1 | sep3:0 sep3:3",
-        "skip:0 dil5:1 | avg:0 skip:1 | skip:0 sep5:2 | skip:0 sep3:1", 0.3),
+        "skip:0 dil5:1 | avg:0 skip:1 | skip:0 sep5:2 | skip:0 sep3:1"),
     "LPT_PDARTS_CIFAR100_ABLATION_2": Published(
-        "LPT-R18-P-DARTS, ablation 2, CIFAR-100; authors' PDARTS_TS_18_CIFAR100_AB_4",
+        "LPT-R18-P-DARTS, ablation 2", "cifar100", "authors' PDARTS_TS_18_CIFAR100_AB_4",
         "sep3:0 dil3:1 | sep3:0 skip:1 | max:0 sep3:1 | skip:0 sep5:1",
-        "avg:0 skip:1 | avg:0 sep5:2 | avg:0 dil3:1 | avg:0 sep3:4", 0.3),
+        "avg:0 skip:1 | avg:0 sep5:2 | avg:0 dil3:1 | avg:0 sep3:4"),
     "LPT_DARTS_CIFAR10_ABLATION_1": Published(
-        "LPT-R18-DARTS-2nd, ablation 1, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_1",
+        "LPT-R18-DARTS-2nd, ablation 1", "cifar10", "authors' DARTS_TS_18_CIFAR10_AB_1",
         "sep3:0 sep3:1 | skip:0 dil5:1 | skip:0 sep3:1 | skip:0 sep3:1",
         "max:0 dil5:1 | skip:2 max:0 | skip:2 avg:0 | skip:2 skip:3"),
     "LPT_DARTS_CIFAR10_ABLATION_2": Published(
-        "LPT-R18-DARTS-2nd, ablation 2, CIFAR-10; authors' DARTS_TS_18_CIFAR10_AB_4",
+        "LPT-R18-DARTS-2nd, ablation 2", "cifar10", "authors' DARTS_TS_18_CIFAR10_AB_4",
         "sep3:0 sep3:1 | skip:0 dil3:1 | sep3:0 sep3:1 | skip:0 sep3:1",
         "dil3:0 sep3:1 | skip:2 max:1 | skip:2 dil3:3 | skip:2 skip:4"),
 }
 
 
-# Test errors, % (mean +- sd), as printed in Skillearn's Tables 7-11 and 17-19 and LeaSE's 2-4: by
-# the rows' names, which row() gives a search too.
-COLUMNS = ("cifar100", "cifar10", "imagenet")
+# Test errors, % (mean ± sd), of CIFAR-100 and CIFAR-10 by the rows' names; the cells were found on
+# the data that they are trained on (Skillearn's Tables 7, 8, 10, 11, 17, 18; LeaSE's 2, 3).
 PAPER = {
-    "DARTS-1st":                     ("20.52±0.31", "3.00±0.14", "-"),
-    "DARTS-2nd":                     ("20.58±0.44", "2.76±0.09", "26.7"),
-    "DARTS-":                        ("18.97±0.16", "2.97±0.04", "23.8"),
-    "DARTS+":                        ("17.11±0.43", "2.83±0.05", "23.7"),
-    "PC-DARTS":                      ("17.96±0.15", "2.57±0.07", "24.2"),
-    "P-DARTS":                       ("17.49", "2.50", "24.4"),
-    "LPT-R18-DARTS-1st":             ("19.11±0.11", "2.85±0.09", "-"),
-    "LPT-R18-DARTS-2nd":             ("19.47±0.20", "2.72±0.07", "25.3"),
-    "LPT-R50-DARTS-2nd":             ("18.40±0.16", "2.68±0.02", "-"),
-    "LPT-R18-DARTS-":                ("18.28±0.14", "2.74±0.07", "-"),
-    "LPT-R18-DARTS+":                ("16.58±0.19", "2.69±0.05", "-"),
-    "LPT-R18-PC-DARTS":              ("17.04±0.05", "2.65±0.17", "23.4"),
-    "LPT-R50-PC-DARTS":              ("16.97±0.21", "-", "-"),
-    "LPT-R18-P-DARTS":               ("16.28±0.10", "2.58±0.14", "24.0"),
-    "LPT-R50-P-DARTS":               ("16.38±0.07", "-", "-"),
-    "LPT-R18-P-DARTS, ablation 1":   ("18.12±0.11", "-", "-"),
-    "LPT-R18-P-DARTS, ablation 2":   ("17.54±0.07", "-", "-"),
-    "LPT-R18-DARTS-2nd, ablation 1": ("-", "2.79±0.06", "-"),
-    "LPT-R18-DARTS-2nd, ablation 2": ("-", "2.75±0.03", "-"),
-    "IL-DARTS-2nd":                  ("17.12±0.08", "2.62±0.04", "25.5"),
-    "IL-P-DARTS":                    ("16.14±0.17", "2.51±0.10", "24.1"),
-    "IL-PC-DARTS":                   ("17.83±0.14", "2.55±0.11", "-"),
-    "JL-DARTS-2nd":                  ("18.92±0.17", "2.91±0.12", "26.4"),
-    "JL-P-DARTS":                    ("17.67±0.31", "2.63±0.12", "25.0"),
-    "JL-PC-DARTS":                   ("18.11±0.27", "2.63±0.05", "-"),
-    "LeaSE-R18-DARTS-2nd":           ("19.26", "2.62", "24.7"),
+    "DARTS-1st":                     ("20.52±0.31", "3.00±0.14"),
+    "DARTS-2nd":                     ("20.58±0.44", "2.76±0.09"),
+    "DARTS-":                        ("18.97±0.16", "2.97±0.04"),
+    "DARTS+":                        ("17.11±0.43", "2.83±0.05"),
+    "PC-DARTS":                      ("17.96±0.15", "2.57±0.07"),
+    "P-DARTS":                       ("17.49", "2.50"),
+    "LPT-R18-DARTS-1st":             ("19.11±0.11", "2.85±0.09"),
+    "LPT-R18-DARTS-2nd":             ("19.47±0.20", "2.72±0.07"),
+    "LPT-R50-DARTS-2nd":             ("18.40±0.16", "2.68±0.02"),
+    "LPT-R18-DARTS-":                ("18.28±0.14", "2.74±0.07"),
+    "LPT-R18-DARTS+":                ("16.58±0.19", "2.69±0.05"),
+    "LPT-R18-PC-DARTS":              ("17.04±0.05", "2.65±0.17"),
+    "LPT-R50-PC-DARTS":              ("16.97±0.21", "-"),
+    "LPT-R18-P-DARTS":               ("16.28±0.10", "2.58±0.14"),
+    "LPT-R50-P-DARTS":               ("16.38±0.07", "-"),
+    "LPT-R18-P-DARTS, ablation 1":   ("18.12±0.11", "-"),
+    "LPT-R18-P-DARTS, ablation 2":   ("17.54±0.07", "-"),
+    "LPT-R18-DARTS-2nd, ablation 1": ("-", "2.79±0.06"),
+    "LPT-R18-DARTS-2nd, ablation 2": ("-", "2.75±0.03"),
+    "IL-DARTS-2nd":                  ("17.12±0.08", "2.62±0.04"),
+    "IL-P-DARTS":                    ("16.14±0.17", "2.51±0.10"),
+    "IL-PC-DARTS":                   ("17.83±0.14", "2.55±0.11"),
+    "JL-DARTS-2nd":                  ("18.92±0.17", "2.91±0.12"),
+    "JL-P-DARTS":                    ("17.67±0.31", "2.63±0.12"),
+    "JL-PC-DARTS":                   ("18.11±0.27", "2.63±0.05"),
+    "LeaSE-R18-DARTS-2nd":           ("19.26", "2.62"),
+}
+# Top-1 and top-5 errors on ImageNet, by row and the data that the cell was found on (Skillearn's
+# Tables 9, 19; LeaSE's 4). IL and JL search on both sets of CIFAR.
+PAPER_IMAGENET = {
+    ("DARTS-2nd", "cifar10"):             ("26.7", "8.7"),
+    ("DARTS-", "imagenet"):               ("23.8", "7.0"),
+    ("DARTS+", "imagenet"):               ("23.9", "7.4"),
+    ("DARTS+", "cifar100"):               ("23.7", "7.2"),
+    ("PC-DARTS", "imagenet"):             ("24.2", "7.3"),
+    ("PC-DARTS", "cifar10"):              ("25.1", "7.8"),
+    ("P-DARTS", "cifar10"):               ("24.4", "7.4"),
+    ("P-DARTS", "cifar100"):              ("24.7", "7.5"),
+    ("LPT-R18-DARTS-2nd", "cifar10"):     ("25.3", "7.9"),
+    ("LPT-R18-P-DARTS", "cifar10"):       ("24.2", "7.3"),
+    ("LPT-R18-P-DARTS", "cifar100"):      ("24.0", "7.1"),
+    ("LPT-R18-PC-DARTS", "imagenet"):     ("23.4", "6.8"),
+    ("IL-DARTS-2nd", "cifar100+cifar10"): ("25.5", "8.0"),
+    ("IL-P-DARTS", "cifar100+cifar10"):   ("24.1", "7.1"),
+    ("JL-DARTS-2nd", "cifar100+cifar10"): ("26.4", "8.5"),
+    ("JL-P-DARTS", "cifar100+cifar10"):   ("25.0", "7.9"),
+    ("LeaSE-R18-DARTS-2nd", "cifar10"):   ("24.7", "7.9"),
 }
 
 
-def row(method: str, args: dict) -> str:
-    """Return the name in the papers' tables of a search with these arguments."""
+def row(method: str, args: dict, changed: dict) -> str:
+    """Return the name in the papers' tables of a search with these arguments; changed: those that
+    differ from the paper's, which the name lists."""
     base = {"darts-": "DARTS-", "darts+": "DARTS+", "pcdarts": "PC-DARTS", "pdarts": "P-DARTS"}.get(
         args["base"], args["base"].replace("darts", "DARTS"))
+    named = {"base", "seed", "dataset", "tasks", "data", "workers", "checkpoint_minutes"}
     if method == "lpt":
-        part = f", ablation {args['ablation']}" if args["ablation"] else ""
-        return f"LPT-R{args['encoder'][6:]}-{base}{part}"
-    if method == "lease":
-        return f"LeaSE-R{args['audience'][6:]}-{base}"
-    if len(args["tasks"]) == args["rounds"] == 1:
-        return base
-    return f"{'JL' if args['joint'] else 'IL'}-{base}"
+        named |= {"encoder", "ablation"}
+        name = base if args["encoder"] == "none" else f"LPT-R{args['encoder'][6:]}-{base}"
+        name += f", ablation {args['ablation']}" if args["ablation"] else ""
+    elif method == "lease":
+        named |= {"audience"}
+        name = f"LeaSE-R{args['audience'][6:]}-{base}"
+    elif method == "il":
+        named |= {"joint"}
+        name = f"{'JL' if args['joint'] else 'IL'}-{base}"
+        if len(args["tasks"]) == 1:
+            name += " of one task"
+    else:
+        name = f"{method}-{base}"
+    flags = {"lam": "coupling" if method == "il" else "lambda"}
+    return name + "".join(f", {flags.get(k, k).replace('_', '-')} {v}"
+                          for k, v in sorted(changed.items()) if k not in named)
 
 
-def paper_error(cell: str, dataset: str) -> str:
-    """Return what the papers print for a row's name, or for a published cell on the data it was
-    found on; "-" where they print nothing."""
-    if cell in PUBLISHED:
-        cell, _, found_on = PUBLISHED[cell].source.partition(";")[0].rpartition(", ")
-        dataset = dataset if found_on.lower().replace("-", "") == dataset else ""
-    return dict(zip(COLUMNS, PAPER.get(cell, ()))).get(dataset, "-")
+def paper_errors(name: str, found_on: str, dataset: str) -> tuple[str, str]:
+    """Return the top-1 and top-5 errors that the papers print for a row whose cell was found on
+    some data (joined by + if several) and trained on a data set; "-" where they print none."""
+    if dataset == "imagenet":
+        return PAPER_IMAGENET.get((name, found_on), ("-", "-"))
+    if dataset not in found_on.split("+") or (found_on != "cifar100+cifar10") == (
+            name.startswith(("IL", "JL"))):
+        return "-", "-"
+    return dict(zip(("cifar100", "cifar10"), PAPER.get(name, ()))).get(dataset, "-"), "-"
+
+
+def recipe(origin: dict, dataset: str) -> dict:
+    """Return the settings of evaluate.py that depend on the cell's row: those of P-DARTS' and
+    PC-DARTS' papers, and the batch of IL and JL on them (Skillearn §4.3.1)."""
+    name = origin["cell"] if origin["found_on"] else ""           # else it has no row
+    on_them = "P-DARTS" in name or "PC-DARTS" in name
+    if dataset == "imagenet":
+        return {}
+    return {"drop_path": 0.3 if on_them else 0.2,
+            "batch_size": 64 if on_them and name.startswith(("IL", "JL")) else 96}
 
 
 def parse(normal: str, reduce: str) -> Genotype:
@@ -234,8 +280,34 @@ def validate(cell: object, where: str) -> Genotype:
                        for k, v in cell.items()})
 
 
+def from_text(text: str, where: str) -> Genotype:
+    """Return the last cell that a text holds as Genotype(normal=[...], ...), which DARTS' code and
+    logs print. Nothing in it is executed. Raises BadInput."""
+    start = text.rindex("Genotype(")
+    depth = 0
+    for end in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        if text[end] == ")" and depth == 0:
+            break
+    try:
+        call = ast.parse(text[start:end + 1], mode="eval").body
+        values = dict(zip(Genotype._fields, call.args)) | {k.arg: k.value for k in call.keywords}
+        cell = {}
+        for name, value in values.items():
+            if isinstance(value, ast.Call):                       # range(2, 6)
+                cell[name] = list(range(*map(ast.literal_eval, value.args)))
+            else:
+                cell[name] = [list(v[:2]) if isinstance(v, tuple) else v
+                              for v in ast.literal_eval(value)]
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError,
+            MemoryError) as error:
+        raise BadInput(f"{where} holds no readable Genotype(...): {error}") from None
+    return validate(cell, where)
+
+
 def load(arch: str) -> Genotype:
-    """Return the cell that `arch` names: a published name, `random:SEED` or a genotype.json file.
+    """Return the cell that `arch` names: a published name, random:SEED, the text Genotype(...), or
+    a file that holds such a text or is a genotype.json.
 
     Raises BadInput for an unknown name and for a file that cannot be read or is malformed.
     """
@@ -246,15 +318,21 @@ def load(arch: str) -> Genotype:
         if not (seed.isascii() and seed.isdigit()):
             raise BadInput(f"--arch {arch}: write random:SEED with a whole number, as random:1")
         return random_cell(int(seed))
-    path = Path(arch)
-    if not path.is_file():
-        raise BadInput(f"no cell {arch!r}: neither a file, nor random:SEED, nor one of "
-                       + ", ".join(PUBLISHED))
+    if "Genotype(" in arch:
+        return from_text(arch, "--arch")
     try:
-        cell = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = Path(arch).expanduser().read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise BadInput(f"no cell {arch!r}: neither a file, nor random:SEED, nor one of "
+                       + ", ".join(PUBLISHED)) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"the cell {arch} cannot be read: {error}") from None
+    if "Genotype(" in text:
+        return from_text(text, arch)
+    try:
+        return validate(json.loads(text), arch)
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{arch} cannot be read as JSON: {error}") from None
-    return validate(cell, arch)
 
 
 def to_json(cell: Genotype) -> str:
@@ -414,7 +492,8 @@ def main(argv=None):
         out.write_text(to_svg(cell, args.arch), encoding="utf-8")
     except (BadInput, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    print(PUBLISHED[args.arch].source if args.arch in PUBLISHED else args.arch)
+    known = PUBLISHED.get(args.arch)
+    print(f"{known.row}, found on {known.found_on}; {known.source}" if known else args.arch)
     print(to_text(cell))
     print(f"drawn in {out}")
 

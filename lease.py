@@ -2,17 +2,17 @@
 
 Algorithm 1 of "Learning by Self-Explanation, with Application to Neural Architecture Search"
 (Hosseini and Xie, arXiv 2012.12899), on DARTS. An explainer marks the pixels that its predictions
-hang on; an audience learns from the marked images; the explainer's architecture serves both.
+depend on; an audience learns from the marked images; the explainer's architecture serves both.
 
     min_A  L(E*(A), A, D_e^val) + gamma L(W*(Delta*), D_a^val)                             Eq. 5
     s.t.   W*     = argmin  mean l(f(delta*_i . x_i; W), t_i)                              Eq. 3
            Delta* = argmax  O_Delta = sum l(f(x_i + delta_i; E*), f(x_i; E*))              Eq. 2
            E*     = argmin  L(E, A, D_e^tr)                                                Eq. 1
 
-    A  alphas     architecture of the explainer    D_e^tr = D_a^tr    x, y      train stream
-    E  e          weights of the explainer         D_e^val = D_a^val  x_val, y_val    val stream
+    A  alphas     architecture of the explainer    D_e^tr = D_a^tr    train  (x, y, rows)
+    E  e          weights of the explainer         D_e^val = D_a^val  val    (x, y, rows)
     W  w          weights of the audience          delta, delta'      delta, explanation
-    E', W'        e_virtual, w_virtual             gamma              gamma
+    E', W'        e_virtual, w_virtual             gamma              args.gamma
 
     python lease.py --dataset cifar100 --audience resnet18
 
@@ -38,6 +38,7 @@ Departures from the printed equations:
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -45,7 +46,7 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import call, central_difference, descend, detached, grad, virtual_weights
+from darts_ops import at_weights, central_difference, descend, grad, sgd_step, virtual_weights
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -67,9 +68,9 @@ def get_args(argv=None):
         help="radius of the difference along delta; the paper has one for all, --radius")
     add("--audience-lr", type=ops.real, default=0.025, help="of W, cosine to 0 (§3.2)")
     ops.search_arguments(parser)
-    # departure 9
-    waits = {base: {"warm_up": 1} for base, recipe in ops.BASES.items() if not recipe["warm_up"]}
-    return ops.parse_search(parser, argv, "lease", {"all": {"batch_size": 64}, **waits})  # §3.2
+    return ops.parse_search(parser, argv, "lease", lambda chosen: {
+        "batch_size": 64,                                                    # §3.2
+        "warm_up": ops.BASES[chosen.base]["warm_up"] or int(chosen.epochs != 1)})  # departure 9
 
 
 # --------------------------------------------------------------------------------------- learners
@@ -77,12 +78,21 @@ def get_args(argv=None):
 
 @dataclass
 class Learners:
-    """Explainer and audience with the optimizers of their weights; alphas is A."""
+    """Explainer and audience with their optimizers; alphas is A."""
     explainer: nn.Module
-    alphas: list
     explainer_opt: torch.optim.SGD
+    alphas: list
+    alpha_opt: torch.optim.Adam | None
     audience: nn.Module
     audience_opt: torch.optim.SGD
+
+    @property
+    def e(self) -> list:
+        return list(self.explainer.parameters())
+
+    @property
+    def w(self) -> list:
+        return list(self.audience.parameters())
 
 
 def random_delta(shape, scale, device, *keys):
@@ -92,143 +102,183 @@ def random_delta(shape, scale, device, *keys):
 
 
 # ----------------------------------------------------------------------------------------- losses
+# A network that a loss takes is a module, or a module at_weights: both are functions of the images.
 
 
-def explanation_objective(explainer, alphas, e, x, delta):
+def explainer_loss(explainer, alphas, batch):
+    x, y, _ = batch
+    return F.cross_entropy(explainer(x, alphas), y)                          # LeaSE Eq. 1
+
+
+def explanation_objective(explainer, alphas, x, delta):
     """Return O_Delta = sum l(f(x + delta; E), f(x; E)), l(a, b) = - sum b log a."""
-    log_a = F.log_softmax(call(explainer, e, x + delta, alphas), 1)
-    b = F.softmax(call(explainer, e, x, alphas), 1)
+    log_a = F.log_softmax(explainer(x + delta, alphas), 1)
+    b = F.softmax(explainer(x, alphas), 1)
     return -(b * log_a).sum()                                                # LeaSE Eq. 2
 
 
 def step_sizes(g):
-    """Return xi_Delta per image, (N, 1, 1, 1): with it the step along g has a root mean square of
-    1; 0 where g is 0."""
+    """Return xi_Delta per image, (N, 1, 1, 1), such that xi_Delta g has root mean square 1; 0
+    where g is 0."""
     norm = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     norm = torch.where(norm > 0, norm, torch.inf)
     return g[0].numel() ** 0.5 / norm                                        # departure 3
 
 
-def explain(explainer, alphas, e, x, delta):
+def explain(explainer, alphas, x, delta):
     """Return delta' (N, 3, H, W), one ascent step on O_Delta from delta, and its step sizes."""
     delta = delta.detach().requires_grad_()
-    objective = explanation_objective(explainer, detached(alphas), detached(e), x, delta)
-    g, = grad(objective, [delta], shared=False)
+    objective = explanation_objective(explainer, ops.detached(alphas), x, delta)
+    g, = torch.autograd.grad(objective, delta)                 # of this process's own images
     return (delta + step_sizes(g) * g).detach(), step_sizes(g)               # LeaSE Eq. 7
 
 
-def audience_loss(audience, explanation, x, y, weighting):
-    """Return mean l(f(delta' . x; W), t); audience(x) gives logits."""
-    weight = explanation.abs() if weighting == "magnitude" else explanation
+def audience_loss(audience, explanation, batch, args):
+    """Return mean l(f(delta' . x; W), t)."""
+    x, y, _ = batch
+    weight = explanation.abs() if args.weighting == "magnitude" else explanation
     return F.cross_entropy(audience(weight * x), y)                          # LeaSE Eq. 3
 
 
-# ------------------------------------------------------------------------------------ formulation
+def audience_val_loss(audience, batch):
+    x, y, _ = batch
+    return F.cross_entropy(audience(x), y)                                   # LeaSE Eq. 9
 
 
-def formulation(m: Learners, train, val, delta, gamma=1.0, weighting="signed", order=2):
-    """Return LeaSE in Skillearn's general form: the stages (LeaSE Eq. 1 to 3), the objective of the
-    validation stage (Eq. 5) and the remaining parameters, A."""
-    (x, y), (x_val, y_val) = train, val
-
-    def explainer_loss(e, learned):
-        return F.cross_entropy(call(m.explainer, e, x, m.alphas), y)         # LeaSE Eq. 1
-
-    def explanation_loss(delta, learned):                      # which its step ascends
-        return explanation_objective(m.explainer, m.alphas, learned["explainer"], x, *delta)
-
-    def marked_loss(w, learned):
-        return audience_loss(lambda x: call(m.audience, w, x), *learned["delta"], x, y, weighting)
-
-    def validation(learned):
-        J = F.cross_entropy(call(m.explainer, learned["explainer"], x_val, m.alphas), y_val)
-        audience_val = F.cross_entropy(call(m.audience, learned["audience"], x_val), y_val)
-        return [J + gamma * audience_val]                                    # LeaSE Eq. 5
-
-    def explainer_step(e, g, learned):
-        return ops.sgd_step(m.explainer_opt, g) if order == 2 else detached(e)  # LeaSE Eq. 6
-
-    def explanation_step(delta, g, learned):
-        return [delta[0] + step_sizes(g[0]) * g[0]]                          # LeaSE Eq. 7
-
-    def audience_step(w, g, learned):
-        return ops.sgd_step(m.audience_opt, g)                               # LeaSE Eq. 8
-
-    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
-    stages = [ops.Stage("explainer", e, explainer_loss, explainer_step),
-              ops.Stage("delta", [delta.detach().requires_grad_()], explanation_loss,
-                        explanation_step),
-              ops.Stage("audience", w, marked_loss, audience_step)]
-    return stages, validation, [m.alphas]
+# ------------------------------------------------------------------------------------ the problem
 
 
-def exact_gradient(*problem):
-    """Return what outer_gradient does but for the audience's share, by exact differentiation of the
-    formulation; problem: formulation's arguments."""
-    (J,), g_alpha = ops.skillearn(*formulation(*problem))
-    return g_alpha, J.detach()
+def objective(m: Learners, batches, args):
+    """Return J with one step in place of each argmin, in a graph that reaches A.
+
+    Written in Skillearn's general form: stage by stage a step on the stage's loss, given what the
+    stages before have learned (its Eq. 1, 3, 4), then the validation objective of the parameters
+    that no stage learns (its Eq. 5).
+    """
+    (train, val, delta), e, w = batches, m.e, m.w
+
+    # Stage 1: the explainer learns
+    if args.order == 2:
+        loss = explainer_loss(at_weights(m.explainer, e), m.alphas, train)   # LeaSE Eq. 1
+        e = sgd_step(m.explainer_opt, grad(loss, e, graph=True))             # LeaSE Eq. 6
+    explainer = at_weights(m.explainer, e)
+
+    # Stage 2: it marks the pixels that its predictions depend on
+    delta = delta.detach().requires_grad_()
+    g, = grad(explanation_objective(explainer, m.alphas, train[0], delta), [delta],
+              graph=True)                                                    # LeaSE Eq. 2
+    explanation = delta + step_sizes(g) * g                                  # LeaSE Eq. 7
+
+    # Stage 3: the audience learns from the marked images
+    loss = audience_loss(at_weights(m.audience, w), explanation, train, args)  # LeaSE Eq. 3
+    w = sgd_step(m.audience_opt, grad(loss, w, graph=True))                  # LeaSE Eq. 8
+
+    # Validation stage
+    return (explainer_loss(explainer, m.alphas, val)
+            + args.gamma * audience_val_loss(at_weights(m.audience, w), val))  # LeaSE Eq. 5
 
 
 # -------------------------------------------------------------------------------------- algorithm
 
 
-def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_virtual, explanation,
-                   xi_delta, grads_w, radius=1e-2, delta_radius=None):
-    """Return dJ/dA of J = L(E', A, D_e^val) + gamma L(W', D_a^val), by finite differences.
+class Ahead(NamedTuple):
+    """E and Delta one step ahead, and the gradients that E and W are about to follow."""
+    e_virtual: list             # E', or at order 1 E, a constant
+    explanation: torch.Tensor   # delta' (N, 3, H, W)
+    xi_delta: torch.Tensor      # its step sizes (N, 1, 1, 1)
+    grads_e: list
+    grads_w: list
+    losses: dict
 
-    train, val: batches (x, y); delta: start of the perturbations; e_virtual: E', or at order 1 E, a
-    constant; explanation, xi_delta: delta' (N, 3, H, W) and its step sizes (N, 1, 1, 1); grads_w:
-    of W on train, which make W'; delta_radius: of the difference along delta, else radius.
-    Returns (gradients of alphas, J, |audience's direct part| / |explainer's|). Changes no state.
-    """
-    (x, y), (x_val, y_val) = train, val
-    e, w = list(m.explainer.parameters()), list(m.audience.parameters())
-    e_wanted = e_virtual if order == 2 else []
+
+def look_ahead(m: Learners, batches, args):
+    """Return Ahead. These are also the passes that train E and W: BatchNorm's statistics move."""
+    train, _, delta = batches
+    loss = explainer_loss(m.explainer, m.alphas, train)                      # LeaSE Eq. 1
+    grads_e, e_virtual = grad(loss, m.e), ops.detached(m.e)
+    if args.order == 2:
+        e_virtual = virtual_weights(m.explainer_opt, grads_e)                # LeaSE Eq. 6
+    explanation, xi_delta = explain(at_weights(m.explainer, ops.detached(e_virtual)), m.alphas,
+                                    train[0], delta)
+    loss_w = audience_loss(m.audience, explanation, train, args)
+    grads_w = grad(loss_w, m.w)                                              # LeaSE Eq. 8
+    return Ahead(e_virtual, explanation, xi_delta, grads_e, grads_w,
+                 {"train_loss": loss, "audience_loss": loss_w})
+
+
+def outer_gradient(m: Learners, batches, args, ahead: Ahead):
+    """Return dJ/dA of objective, by finite differences, J, and the length of the audience's direct
+    part of dJ/dA over the explainer's (None if gamma is 0). Changes no state."""
+    (train, val, delta), x, e, w = batches, batches[0][0], m.e, m.w
+    if args.gradient == "exact":
+        J = objective(m, batches, args)
+        return grad(J, m.alphas), J.detach(), None
+    e_virtual, explanation, xi_delta, _, grads_w, _ = ahead
+    e_wanted = e_virtual if args.order == 2 else []
+    explainer, share = at_weights(m.explainer, e_virtual), None
 
     # Stage 4: the explainer validates itself
-    loss = F.cross_entropy(call(m.explainer, e_virtual, x_val, m.alphas), y_val)  # LeaSE Eq. 9
-    g_alpha, v_e = grad(loss, m.alphas, e_wanted)                            # LeaSE Eq. 10
-    J, share = loss.detach(), torch.zeros_like(loss)
+    J = explainer_loss(explainer, m.alphas, val)                             # LeaSE Eq. 9
+    g_alpha, v_e = grad(J, m.alphas, e_wanted)                               # LeaSE Eq. 10
 
     # The audience validates itself, and v_w goes back: to v_delta, then to A and v_e
-    if gamma:
+    if args.gamma:
         w_virtual = virtual_weights(m.audience_opt, grads_w)                 # LeaSE Eq. 8
-        loss = F.cross_entropy(call(m.audience, w_virtual, x_val), y_val)
-        v_w = grad(gamma * loss, w_virtual)                                  # below LeaSE Eq. 11
-        J = J + gamma * loss.detach()                                        # LeaSE Eq. 9
+        loss = args.gamma * audience_val_loss(at_weights(m.audience, w_virtual), val)
+        v_w, J = grad(loss, w_virtual), J + loss                             # below LeaSE Eq. 11
 
         def grad_delta(w):
             at = explanation.clone().requires_grad_()
-            loss = audience_loss(lambda x: call(m.audience, w, x), at, x, y, weighting)
-            return grad(loss, [at], shared=False)
+            loss = audience_loss(at_weights(m.audience, w), at, train, args)
+            return torch.autograd.grad(loss, [at])             # of this process's own images
 
         xi_w = m.audience_opt.param_groups[0]["lr"]
-        product, = central_difference(grad_delta, w, v_w, radius)
+        product, = central_difference(grad_delta, w, v_w, args.radius)
         v_delta = -xi_w * product                                            # LeaSE Eq. 12, 13
-        # d(xi g) = xi (1 - unit unit^T) dg, as xi = sqrt(CHW) / |g|: departure 3
+        # delta' = delta + xi g, xi = sqrt(CHW) / |g|, so d delta' = xi (1 - unit unit^T) dg
         unit = (explanation - delta) / x[0].numel() ** 0.5     # g / |g|
         v_delta = v_delta - unit * (unit * v_delta).sum((1, 2, 3), keepdim=True)
 
         def grad_alpha_e(at):
-            objective = explanation_objective(m.explainer, m.alphas, e_virtual, x, at[0])
+            objective = explanation_objective(explainer, m.alphas, x, at[0])
             return grad(objective, [*m.alphas, *e_wanted])
 
         product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta],
-                                     delta_radius or radius, shared=False)   # departure 6
+                                     args.delta_radius, split=True)          # departure 6
         by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 14, 15
         share = nn.utils.get_total_norm(by_a) / nn.utils.get_total_norm(g_alpha)
         g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                     # departure 4
         v_e = [v + p for v, p in zip(v_e, by_e)]
 
     # Both parts go on through E'
-    if order == 2:
+    if args.order == 2:
         def grad_alpha(e):
-            return grad(F.cross_entropy(call(m.explainer, e, x, m.alphas), y), m.alphas)
+            return grad(explainer_loss(at_weights(m.explainer, e), m.alphas, train), m.alphas)
 
         xi_e = m.explainer_opt.param_groups[0]["lr"]
-        product = central_difference(grad_alpha, e, v_e, radius)             # LeaSE Eq. 11
+        product = central_difference(grad_alpha, e, v_e, args.radius)        # LeaSE Eq. 11
         g_alpha = [g - xi_e * p for g, p in zip(g_alpha, product)]           # LeaSE Eq. 10, 16, 17
-    return g_alpha, J, share
+    return g_alpha, J.detach(), share
+
+
+def algorithm_1(m: Learners, batches, args, learns=True, at=str):
+    """Take one iteration of Algorithm 1, A's step only if A learns. Returns its figures.
+    at(learner): the text that names a learner in an error; str gives its name alone."""
+    device, figures = batches[0][0].device, {}
+
+    # 1. and 2. One step ahead of E, Delta and W
+    with ops.autocast(device, args.amp != "off"):
+        ahead = look_ahead(m, batches, args)
+
+    # 3. A's step, through the steps that E, Delta and W are about to take; then theirs
+    if learns:
+        with ops.autocast(device, args.amp == "bf16-all"):
+            g_alpha, J, share = outer_gradient(m, batches, args, ahead)
+        descend(m.alpha_opt, g_alpha, at("the architecture"))
+        figures = {"val_loss": J} | ({} if share is None else {"audience_share": share})
+    descend(m.explainer_opt, ahead.grads_e, at("the explainer"), args.grad_clip)
+    descend(m.audience_opt, ahead.grads_w, at("the audience"))
+    return ahead.losses | figures
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -237,76 +287,48 @@ def outer_gradient(m: Learners, train, val, delta, gamma, weighting, order, e_vi
 def main(argv=None):
     args, checkpoint = get_args(argv)
     device = ops.start(args)
-    data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
+    data = ops.load_images(args.dataset, args, device)
     train_rows, val_rows, _ = ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets)
-    train_stream = ops.Stream(data, train_rows, args.batch_size, args.seed, "train")
-    val_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "val")
+    streams = [ops.Stream(data, rows, args.batch_size, args.seed, name, flip=args.flip)
+               for name, rows in (("train", train_rows), ("val", val_rows))]
     run = ops.Run("lease", args, checkpoint, [data])
 
     torch.manual_seed(args.seed)
-    num_classes = len(data.classes)
     audience = ops.place(torchvision.models.get_model(args.audience, weights=None,
-                                                      num_classes=num_classes), device)
-    w = list(audience.parameters())
-    audience_opt = torch.optim.SGD(w, args.audience_lr, args.momentum,
+                                                      num_classes=len(data.classes)), device)
+    audience_opt = torch.optim.SGD(audience.parameters(), args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
-
     shown = train_rows[::-(-len(train_rows) // 8)]             # up to eight, from all classes
 
     for stage in ops.stages(run):                              # several in P-DARTS: a new explainer
         (explainer,), (explainer_opt,), alphas, alpha_opt = ops.new_stage(
-            run, [num_classes], device)
-        e = list(explainer.parameters())
-        m = Learners(explainer, alphas, explainer_opt, audience, audience_opt)
+            run, [len(data.classes)], device)
+        m = Learners(explainer, explainer_opt, alphas, alpha_opt, audience, audience_opt)
         run.load({"explainer": explainer, "outer": nn.ParameterList(alphas),
                   "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
                   "audience_opt": audience_opt})
-        for epoch in run.epochs(train_stream.epoch_steps()):
+        for epoch in run.epochs(streams[0].epoch_steps()):
             learns = ops.schedule(args, stage, epoch, [explainer], [explainer_opt], audience_opt,
                                   args.audience_lr)
             for step in run.steps():
-                train, val = train_stream(step)[:2], val_stream(step)[:2]
-                x, y = train
-                delta = random_delta(x.shape, args.delta_scale, device, args.seed, step, ops.rank())
-                figures = {}
+                train, val = (stream(step) for stream in streams)
+                delta = random_delta(train[0].shape, args.delta_scale, device, args.seed, step,
+                                     ops.rank())
+                run.log(**algorithm_1(m, (train, val, delta), args, learns, run.at))
 
-                # Algorithm 1, 1. and 2.: one step ahead of E, Delta and W
-                with ops.autocast(device, args.amp != "off"):
-                    loss = F.cross_entropy(explainer(x, alphas), y)          # LeaSE Eq. 1
-                    grads_e = grad(loss, e)
-                    e_virtual = detached(e)
-                    if args.order == 2:
-                        e_virtual = virtual_weights(explainer_opt, grads_e)  # LeaSE Eq. 6
-                    explanation, xi_delta = explain(explainer, alphas, e_virtual, x, delta)
-                    loss_w = audience_loss(audience, explanation, x, y, args.weighting)
-                    grads_w = grad(loss_w, w)                                # LeaSE Eq. 8
-
-                # 3. A's step, through the steps that E, Delta and W are about to take; then theirs
-                if learns:
-                    problem = m, train, val, delta, args.gamma, args.weighting, args.order
-                    with ops.autocast(device, args.amp == "bf16-all"):
-                        g_alpha, J, *share = (
-                            exact_gradient(*problem) if args.gradient == "exact" else
-                            outer_gradient(*problem, e_virtual, explanation, xi_delta, grads_w,
-                                           args.radius, args.delta_radius))
-                    with ops.foresight(run, formulation(*problem), alphas, g_alpha):
-                        descend(alpha_opt, g_alpha, run.at("the architecture"), J)
-                    figures = {"val_loss": J, **dict(zip(["audience_share"], share))}
-                descend(explainer_opt, grads_e, run.at("the explainer"), loss, args.grad_clip)
-                descend(audience_opt, grads_w, run.at("the audience"), loss_w)
-                run.log(train_loss=loss, audience_loss=loss_w, **figures)
-
+            figures = {}
             with ops.evaluating(explainer):
-                accuracy, = ops.accuracies(lambda x: explainer(x, alphas), data, val_rows,
-                                           args.batch_size)
+                figures["val_accuracy"], = ops.accuracies(lambda x: explainer(x, alphas), data,
+                                                          val_rows, args.batch_size)
                 # by the batches' statistics: the running ones are of explanations, not of images
-                accuracy_w, = ops.accuracies(lambda x: call(audience, w, x), data, val_rows,
-                                             args.batch_size)
+                figures["audience_val_accuracy"], = ops.accuracies(
+                    at_weights(audience, m.w), data, val_rows, args.batch_size)
                 (x, _), = ops.batches(data, shown, 8)
                 delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
-                explanation, _ = explain(explainer, alphas, e, x, delta)
-            ops.end_epoch(run, alphas, val_accuracy=accuracy, audience_val_accuracy=accuracy_w)
-            run.picture("explanations", explanations(data, shown, explanation), 128, keep=True)
+                explanation, _ = explain(explainer, alphas, x, delta)
+            ops.end_epoch(run, alphas, **figures)
+            run.picture(f"explanations-{len(run.state['history'])}",
+                        explanations(data, shown, explanation), 128)
 
     ops.print_next(run)
 

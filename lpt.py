@@ -1,21 +1,23 @@
 """Learning by Passing Tests (LPT) for neural architecture search.
 
 Algorithm 2 of "Skillearn: Machine Learning Inspired by Humans' Learning Skills" (Xie, Du and Ban,
-arXiv 2012.04863), on DARTS. A tester picks test images that are hard for the testee and worth
-learning from; the testee's architecture learns to pass the test.
+arXiv 2012.04863; LPT alone: arXiv 2011.15102), on DARTS. A tester weighs the images of a bank: more
+if the testee finds them hard and if learning from them lowers the tester's own validation loss. The
+testee's architecture learns to do well on the weighted bank, its test.
 
     max_C min_A  R(A, W*(A), C, E*(C)) - lambda L(E*, X*, D_er^val)                       Eq. 11
     s.t.  E*(C), X*(C) = argmin  L(E, X, D_er^tr) + gamma L(E, X, sigma(C, E, D_b))       Eq. 7
           W*(A)        = argmin  L(A, W, D_ee^tr)                                         Eq. 6
     R = sum f(d) l(A, W, d) / sum f(d) over the bank,  f(d) = sigmoid(C(E(d))) in (0, 1)  Eq. 9-14
 
-    A  alphas     architecture of the testee       D_ee^tr = D_er^tr  x, y            train stream
-    W  w          weights of the testee            D_b                x_bank, y_bank  bank stream
-    E  encoder    ResNet of the tester             D_er^val           x_val, y_val    val stream
+    A  alphas     architecture of the testee       D_ee^tr = D_er^tr  train  (x, y, rows)
+    W  w          weights of the testee            D_b                bank   (x, y, rows)
+    E  encoder    ResNet of the tester             D_er^val           val    (x, y, rows)
     X  executor   linear layer: classes            W', E', X'         *_virtual: one step ahead
-    C  creator    linear layer: selection f        lambda, gamma      lam, gamma
+    C  creator    linear layer: weight f           lambda, gamma      args.lam, args.gamma
 
     python lpt.py --dataset cifar100 --encoder resnet18
+    python lpt.py --dataset cifar100 --encoder none          # the base alone: f = 1, no tester
 
 Departures from the printed equations:
 1. Eq. 23 leaves out the direct dependence of f on C, which Eq. 24 keeps; it is kept in both. Eq. 16
@@ -28,9 +30,13 @@ Departures from the printed equations:
    included.
 6. Ablation 1's scalars are sigmoid(theta_d), from theta = 0, by Adam for those in the batch alone;
    the paper names no optimizer. Ablation 2 keeps gamma, which Eq. 26 leaves out: at 1 the same.
+7. Where the paper is silent or contradicts itself: PC-DARTS has batch 64 at its rate for 256;
+   P-DARTS keeps its three stages of 25 epochs; on ImageNet the tester has CIFAR's rates; C's Adam
+   has torch's betas; A's gradient is not clipped. The README compares the released code.
+8. E is torchvision's ResNet with ImageNet's stem: at 32 pixels its last map is a single pixel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -38,7 +44,7 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import call, central_difference, descend, detached, grad, virtual_weights
+from darts_ops import at_weights, central_difference, descend, grad, sgd_step, virtual_weights
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -49,8 +55,8 @@ def get_args(argv=None):
     add, real = parser.add_argument, ops.real
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
-    add("--encoder", choices=("resnet18", "resnet50"), default="resnet18",
-        help="the tester's encoder E (§3.2.2)")
+    add("--encoder", choices=("resnet18", "resnet50", "none"), default="resnet18",
+        help="the tester's encoder E (§3.2.2); none: no tester, which is the base search itself")
     add("--lambda", dest="lam", type=real, default=1.0, help="weight of meaningfulness (§3.2.2)")
     add("--gamma", type=real, default=1.0, help="weight of the created test in stage II (§3.2.2)")
     add("--ablation", type=int, choices=(0, 1, 2), default=0,
@@ -64,14 +70,18 @@ def get_args(argv=None):
     add("--created-test", choices=("printed", "normalized"), default="printed",
         help="its loss in stage II: Eq. 13, or Eq. 13 divided by the sum of f, as Eq. 9 is")
     ops.search_arguments(parser)
-    return ops.parse_search(parser, argv, "lpt", {"all": {"batch_size": 64}})      # §3.2.2
+    args, checkpoint = ops.parse_search(parser, argv, "lpt", lambda chosen: (
+        {} if chosen.encoder == "none" else {"batch_size": 64}))                  # §3.2.2
+    if args.encoder == "none" and args.ablation:
+        raise ops.BadInput("--ablation: needs a tester, --encoder none has none")
+    return args, checkpoint
 
 
 # --------------------------------------------------------------------------------------- learners
 
 
 class Tester(nn.Module):
-    """The tester's encoder E and executor X. Its creator C is apart: the other outer variable."""
+    """The tester's encoder E and executor X. The creator C is kept apart, as an outer variable."""
 
     def __init__(self, encoder: str, num_classes: int):
         super().__init__()
@@ -84,148 +94,208 @@ class Tester(nn.Module):
         return self.executor(features), features               # logits (N, classes)
 
 
+class ScalarAdam(torch.optim.SparseAdam):
+    """Adam that leaves alone the scalars of the images that are not in the batch (ablation 1)."""
+
+    def step(self):
+        for theta in self.param_groups[0]["params"]:
+            theta.grad = theta.grad.to_sparse()
+        super().step()
+
+
 @dataclass
 class Learners:
-    """Testee and tester with the optimizers of their weights; alphas is A, creator is C."""
+    """Testee and tester with their optimizers. alphas is A; creator is C: [weight, bias], with
+    ablation 1 [theta], without a tester []."""
     testee: nn.Module
-    alphas: list
     testee_opt: torch.optim.SGD
-    tester: nn.Module | None                                   # ablation 1 has none
-    creator: list                                              # [weight, bias]; ablation 1: [theta]
-    tester_opt: torch.optim.SGD | None
+    alphas: list
+    alpha_opt: torch.optim.Adam | None = None
+    tester: Tester | None = None
+    tester_opt: torch.optim.SGD | None = None
+    creator: list = field(default_factory=list)
+    creator_opt: torch.optim.Optimizer | None = None
+
+    @property
+    def w(self) -> list:
+        return list(self.testee.parameters())
+
+    @property
+    def ex(self) -> list:
+        return list(self.tester.parameters()) if self.tester else []
+
+
+def new_tester(args, data, device) -> dict:
+    """Return the tester and the creator with their optimizers, as fields of Learners; with ablation
+    1 the scalars alone, with --encoder none nothing."""
+    if args.encoder == "none":
+        return {}
+    if args.ablation == 1:                                                        # departure 6
+        theta = [nn.Parameter(torch.zeros(len(data.labels), device=device))]
+        return dict(creator=theta, creator_opt=ScalarAdam(theta, args.theta_lr))
+    tester = ops.place(Tester(args.encoder, len(data.classes)), device)
+    creator = list(nn.Linear(tester.executor.in_features, 1).to(device).parameters())
+    return dict(tester=tester, creator=creator,
+                tester_opt=torch.optim.SGD(tester.parameters(), args.tester_lr, args.momentum,
+                                           weight_decay=args.weight_decay),
+                creator_opt=torch.optim.Adam(creator, args.creator_lr,
+                                             weight_decay=args.creator_weight_decay))
 
 
 # ----------------------------------------------------------------------------------------- losses
+# A network that a loss takes is a module, or a module at_weights: both are functions of the images.
+
+
+def testee_loss(testee, alphas, batch):
+    x, y, _ = batch
+    return F.cross_entropy(testee(x, alphas), y)                                  # LPT Eq. 6
 
 
 def selection(creator, features):
-    """Return f(d) in (0, 1), how likely each example is in the test; features (N, F) -> (N,)."""
+    """Return f(d) in (0, 1), the weight of each image in the test; features (N, F) -> (N,)."""
     return torch.sigmoid(F.linear(features, *creator)).squeeze(1)                 # LPT Eq. 12
 
 
-def created_test_loss(creator, logits, features, y_bank, created="printed"):
+def created_test_loss(creator, logits, features, y, created_test):
     """Return L(E, X, sigma(C, E, D_b)) from the tester's outputs on the bank; normalized: divided
     by its size, as R is, so that E cannot shrink it by selecting less."""
-    losses, f = F.cross_entropy(logits, y_bank, reduction="none"), selection(creator, features)
-    if created == "normalized":
-        return ops.global_sum((f * losses).sum()) / ops.global_sum(f.sum())
+    losses, f = F.cross_entropy(logits, y, reduction="none"), selection(creator, features)
+    if created_test == "normalized":
+        return ops.weighted_mean(losses, f)
     return (f * losses).mean()                                                    # LPT Eq. 13
 
 
-def tester_loss(tester, creator, batches, gamma, ablation, created="printed"):
-    """Return what E and X minimise in stage II; tester(x) gives logits and features."""
-    (x, y, _), (x_bank, y_bank, _), _ = batches
-    test = created_test_loss(creator, *tester(x_bank), y_bank, created)
-    if ablation == 2:
-        return gamma * test                                                       # LPT Eq. 26
-    return F.cross_entropy(tester(x)[0], y) + gamma * test                        # LPT Eq. 7
+def tester_loss(tester, creator, train, bank, args):
+    """Return what E and X minimise in stage II."""
+    (x, y, _), (x_bank, y_bank, _) = train, bank
+    test = created_test_loss(creator, *tester(x_bank), y_bank, args.created_test)
+    if args.ablation == 2:
+        return args.gamma * test                                                  # LPT Eq. 26
+    return F.cross_entropy(tester(x)[0], y) + args.gamma * test                   # LPT Eq. 7
 
 
-def validation_objective(m: Learners, w, ex, batches, lam, ablation):
-    """Return (J, R, f), J = R - lambda L(E, X, D_er^val), at the weights w and ex = (E, X); f
-    (N,)."""
-    _, (x_bank, y_bank, rows), (x_val, y_val, _) = batches
-    if ablation == 1:
-        f, tester_val_loss = torch.sigmoid(m.creator[0])[rows], 0.0               # LPT Eq. 25
-    else:
-        f = selection(m.creator, call(m.tester, ex, x_bank)[1])                   # LPT Eq. 12
-        tester_val_loss = F.cross_entropy(call(m.tester, ex, x_val)[0], y_val)
-    losses = F.cross_entropy(call(m.testee, w, x_bank, m.alphas), y_bank,
+def validation_objective(m: Learners, w, ex, bank, val, args):
+    """Return (J, R, f) at the weights w and ex = (E, X): J = R - lambda L(E, X, D_er^val), f (N,).
+    """
+    (x_bank, y_bank, rows), (x_val, y_val, _) = bank, val
+    losses = F.cross_entropy(at_weights(m.testee, w)(x_bank, m.alphas), y_bank,
                              reduction="none")                                    # LPT Eq. 8
-    R = ops.global_sum((f * losses).sum()) / ops.global_sum(f.sum())              # LPT Eq. 9, 14
-    return R - lam * tester_val_loss, R, f                                        # LPT Eq. 15, 19
+    if not m.tester:
+        f = torch.ones_like(losses)
+        if m.creator:
+            f = torch.sigmoid(m.creator[0])[rows]                                 # LPT Eq. 25
+        R = ops.weighted_mean(losses, f)
+        return R, R, f
+    tester = at_weights(m.tester, ex)
+    f = selection(m.creator, tester(x_bank)[1])                                   # LPT Eq. 12
+    R = ops.weighted_mean(losses, f)                                              # LPT Eq. 9, 14
+    return R - args.lam * F.cross_entropy(tester(x_val)[0], y_val), R, f          # LPT Eq. 15, 19
 
 
-# ------------------------------------------------------------------------------------ formulation
+# ------------------------------------------------------------------------------------ the problem
 
 
-def formulation(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=0, created="printed"):
-    """Return LPT in Skillearn's general form: the stages (its Tables 3 and 4), the objective of the
-    validation stage (Table 5) and the groups of remaining parameters, A and C."""
-    x, y, _ = batches[0]
+def objective(m: Learners, batches, args):
+    """Return (J, R, f) with one step in place of each argmin, in a graph that reaches A and C.
 
-    def testee_loss(w, learned):
-        return F.cross_entropy(call(m.testee, w, x, m.alphas), y)                 # LPT Eq. 6
+    Written in Skillearn's general form: stage by stage a step on the stage's loss, given what the
+    stages before have learned (its Eq. 1, 3, 4; Tables 3, 4), then the validation objective of the
+    parameters that no stage learns (Eq. 5; Table 5).
+    """
+    (train, bank, val), w, ex = batches, m.w, m.ex
 
-    def stage_2_loss(ex, learned):
-        return tester_loss(lambda x: call(m.tester, ex, x), m.creator, batches, gamma, ablation,
-                           created)                                               # LPT Eq. 7
+    # Stage I: the testee learns
+    if args.order == 2:
+        loss = testee_loss(at_weights(m.testee, w), m.alphas, train)              # LPT Eq. 6
+        w = sgd_step(m.testee_opt, grad(loss, w, graph=True))
 
-    def validation(learned):
-        return validation_objective(m, learned["testee"], learned.get("tester"), batches, lam,
-                                    ablation)                                     # LPT Eq. 11
+    # Stage II: the tester learns from its data and the created test
+    if m.tester:
+        loss = tester_loss(at_weights(m.tester, ex), m.creator, train, bank, args)  # LPT Eq. 7
+        ex = sgd_step(m.tester_opt, grad(loss, ex, graph=True))                   # LPT Eq. 18
 
-    def testee_step(w, g, learned):
-        return ops.sgd_step(m.testee_opt, g) if order == 2 else detached(w)
-
-    def tester_step(ex, g, learned):
-        return ops.sgd_step(m.tester_opt, g)                                      # LPT Eq. 18
-
-    stages = [ops.Stage("testee", list(m.testee.parameters()), testee_loss, testee_step)]
-    if ablation != 1:
-        stages += [ops.Stage("tester", list(m.tester.parameters()), stage_2_loss, tester_step)]
-    return stages, validation, [m.alphas, m.creator]
-
-
-def exact_gradients(*problem):
-    """Return what outer_gradients does, by exact differentiation of the formulation;
-    problem: formulation's arguments."""
-    (_, R, f), (g_alpha, g_creator) = ops.skillearn(*formulation(*problem))
-    return g_alpha, g_creator, R.detach(), f.detach().mean()
+    # Validation stage
+    return validation_objective(m, w, ex, bank, val, args)                        # LPT Eq. 11
 
 
 # -------------------------------------------------------------------------------------- algorithm
 
 
-def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=0,
-                    created="printed", radius=1e-2):
-    """Return dJ/dA and dJ/dC of J = R - lambda L(E', X', D_er^val), which A descends and C ascends,
-    by finite differences.
-
-    batches: (x, y, rows) of train, bank and validation stream. order 1 sets xi = 0 for A.
-    Returns (gradients of alphas, of creator, test loss R, mean selection). Changes no state.
-    """
-    (x, y, _), (x_bank, y_bank, _), _ = batches
-    w, ex_virtual = list(m.testee.parameters()), []
+def outer_gradient(m: Learners, batches, args):
+    """Return dJ/dA and dJ/dC of objective, by finite differences, with R and f. Changes no state.
+    With order 1 A's term through W' is left out (its xi = 0)."""
+    (train, bank, val), w, ex = batches, m.w, m.ex
+    if args.gradient == "exact":
+        J, R, f = objective(m, batches, args)
+        return *grad(J, m.alphas, m.creator), R.detach(), f.detach()
 
     # Stage I: the testee learns one step
-    w_virtual, w_wanted = detached(w), []
-    if order == 2:
-        loss = F.cross_entropy(call(m.testee, w, x, m.alphas), y)
-        w_virtual = virtual_weights(m.testee_opt, grad(loss, w))                  # W' of LPT Eq. 16
-        w_wanted = w_virtual
+    w_virtual, w_wanted = ops.detached(w), []
+    if args.order == 2:
+        loss = testee_loss(at_weights(m.testee, w), m.alphas, train)
+        w_virtual = w_wanted = virtual_weights(m.testee_opt, grad(loss, w))       # W' of LPT Eq. 16
 
     # Stage II: the tester learns one step from its data and the created test
-    if ablation != 1:
-        ex = list(m.tester.parameters())
-        loss = tester_loss(lambda x: call(m.tester, ex, x), m.creator, batches, gamma, ablation,
-                           created)
+    ex_virtual = []
+    if m.tester:
+        loss = tester_loss(at_weights(m.tester, ex), m.creator, train, bank, args)
         ex_virtual = virtual_weights(m.tester_opt, grad(loss, ex))                # LPT Eq. 18
 
     # Validation stage: one evaluation and one backward pass serve A and C
-    J, R, f = validation_objective(m, w_virtual, ex_virtual, batches, lam, ablation)
+    J, R, f = validation_objective(m, w_virtual, ex_virtual, bank, val, args)
     g_alpha, g_creator, v, u = grad(J, m.alphas, m.creator, w_wanted, ex_virtual)
 
     # dJ/dA through W': v = dJ/dW'
-    if order == 2:
+    if args.order == 2:
         def grad_alpha(w):
-            return grad(F.cross_entropy(call(m.testee, w, x, m.alphas), y), m.alphas)
+            return grad(testee_loss(at_weights(m.testee, w), m.alphas, train), m.alphas)
 
         xi = m.testee_opt.param_groups[0]["lr"]
-        product = central_difference(grad_alpha, w, v, radius)                    # LPT Eq. 17
+        product = central_difference(grad_alpha, w, v, args.radius)               # LPT Eq. 17
         g_alpha = [g - xi * p for g, p in zip(g_alpha, product)]                  # LPT Eq. 16
 
     # dJ/dC through E' and X': u = dJ/d(E', X')
-    if ablation != 1:
+    if m.tester:
+        x_bank, y_bank, _ = bank
+
         def grad_creator(ex):
-            with torch.no_grad():                              # C acts after E and X
-                logits, features = call(m.tester, ex, x_bank)
-            return grad(created_test_loss(m.creator, logits, features, y_bank, created), m.creator)
+            with torch.no_grad():                              # differentiated by C alone
+                logits, features = at_weights(m.tester, ex)(x_bank)
+            return grad(created_test_loss(m.creator, logits, features, y_bank, args.created_test),
+                        m.creator)
 
         xi = m.tester_opt.param_groups[0]["lr"]
-        product = central_difference(grad_creator, ex, u, radius)                 # LPT Eq. 22
-        g_creator = [g - gamma * xi * p for g, p in zip(g_creator, product)]      # LPT Eq. 20-24
-    return g_alpha, g_creator, R.detach(), f.detach().mean()
+        product = central_difference(grad_creator, ex, u, args.radius)            # LPT Eq. 22
+        g_creator = [g - args.gamma * xi * p for g, p in zip(g_creator, product)]  # LPT Eq. 20-24
+    return g_alpha, g_creator, R.detach(), f.detach()
+
+
+def algorithm_2(m: Learners, batches, args, learns=True, at=str):
+    """Take one iteration of Algorithm 2, A's and C's steps only if A learns. Returns its figures.
+    at(learner): the text that names a learner in an error; str gives its name alone."""
+    (train, bank, _), device, figures = batches, batches[0][0].device, {}
+
+    # 1. and 2. A descends the objective, C ascends it
+    if learns:
+        with ops.autocast(device, args.amp == "bf16-all"):
+            g_alpha, g_creator, R, f = outer_gradient(m, batches, args)
+        descend(m.alpha_opt, g_alpha, at("the architecture"))
+        if m.creator:
+            descend(m.creator_opt, [-g for g in g_creator], at("the creator"))
+        figures = {"difficulty": R, "selection": f.mean()}
+
+    # 3. The tester's E and X
+    if m.tester:
+        with ops.autocast(device, args.amp != "off"):
+            loss = tester_loss(m.tester, m.creator, train, bank, args)
+        descend(m.tester_opt, grad(loss, m.ex), at("the tester"))
+        figures["tester_loss"] = loss
+
+    # 4. The testee's W
+    with ops.autocast(device, args.amp != "off"):
+        loss = testee_loss(m.testee, m.alphas, train)
+    descend(m.testee_opt, grad(loss, m.w), at("the testee"), args.grad_clip)
+    return {"train_loss": loss, **figures}
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -234,81 +304,40 @@ def outer_gradients(m: Learners, batches, order=2, lam=1.0, gamma=1.0, ablation=
 def main(argv=None):
     args, checkpoint = get_args(argv)
     device = ops.start(args)
-    data = ops.load_images(args.dataset, args.data, device, args.image_size, workers=args.workers)
+    data = ops.load_images(args.dataset, args, device)
     train_rows, val_rows, _ = ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets)
-    train_stream = ops.Stream(data, train_rows, args.batch_size, args.seed, "train")
-    bank_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "bank")
-    val_stream = ops.Stream(data, val_rows, args.batch_size, args.seed, "val")
+    streams = [ops.Stream(data, rows, args.batch_size, args.seed, name, flip=args.flip)
+               for name, rows in (("train", train_rows), ("bank", val_rows), ("val", val_rows))]
     run = ops.Run("lpt", args, checkpoint, [data])
 
     torch.manual_seed(args.seed)
-    num_classes, tester, tester_opt, tester_parts = len(data.classes), None, None, {}
-    if args.ablation == 1:                                                        # departure 6
-        creator = [nn.Parameter(torch.zeros(len(data.labels), device=device))]
-        creator_opt = torch.optim.SparseAdam(creator, args.theta_lr)
-    else:
-        tester = ops.place(Tester(args.encoder, num_classes), device)
-        ex = list(tester.parameters())
-        tester_opt = torch.optim.SGD(ex, args.tester_lr, args.momentum,
-                                     weight_decay=args.weight_decay)
-        tester_parts = {"tester": tester, "tester_opt": tester_opt}
-        creator = list(nn.Linear(tester.executor.in_features, 1).to(device).parameters())
-        creator_opt = torch.optim.Adam(creator, args.creator_lr,
-                                       weight_decay=args.creator_weight_decay)
-
+    tester_fields = new_tester(args, data, device)
     for stage in ops.stages(run):                              # several in P-DARTS: a new testee
-        (testee,), (testee_opt,), alphas, alpha_opt = ops.new_stage(run, [num_classes], device)
-        w = list(testee.parameters())
-        m = Learners(testee, alphas, testee_opt, tester, creator, tester_opt)
-        run.load({"testee": testee, "outer": nn.ParameterList(alphas + creator),
-                  "testee_opt": testee_opt, "alpha_opt": alpha_opt, "creator_opt": creator_opt,
-                  **tester_parts})
-        for epoch in run.epochs(train_stream.epoch_steps()):
-            learns = ops.schedule(args, stage, epoch, [testee], [testee_opt], tester_opt,
+        (testee,), (testee_opt,), alphas, alpha_opt = ops.new_stage(
+            run, [len(data.classes)], device)
+        m = Learners(testee, testee_opt, alphas, alpha_opt, **tester_fields)
+        run.load({"testee": testee, "outer": nn.ParameterList(alphas + m.creator),
+                  "testee_opt": testee_opt, "alpha_opt": alpha_opt,
+                  **{name: part for name, part in tester_fields.items() if name != "creator"}})
+        for epoch in run.epochs(streams[0].epoch_steps()):
+            learns = ops.schedule(args, stage, epoch, [testee], [testee_opt], m.tester_opt,
                                   args.tester_lr)
             for step in run.steps():
-                batches = train_stream(step), bank_stream(step), val_stream(step)
-                x, y, _ = batches[0]
-                figures = {}
+                batches = [stream(step) for stream in streams]
+                run.log(**algorithm_2(m, batches, args, learns, run.at))
 
-                # Algorithm 2, 1. and 2.: A descends the objective, C ascends it
-                if learns:
-                    problem = (m, batches, args.order, args.lam, args.gamma, args.ablation,
-                               args.created_test)
-                    with ops.autocast(device, args.amp == "bf16-all"):
-                        g_alpha, g_creator, R, mean_f = (
-                            exact_gradients(*problem) if args.gradient == "exact" else
-                            outer_gradients(*problem, args.radius))
-                    with ops.foresight(run, formulation(*problem), alphas, g_alpha):
-                        descend(alpha_opt, g_alpha, run.at("the architecture"), R)
-                    g_creator = [-g.to_sparse() if args.ablation == 1 else -g for g in g_creator]
-                    descend(creator_opt, g_creator, run.at("the creator"))
-                    figures = {"difficulty": R, "selection": mean_f}
-
-                # 3. The tester's E and X
-                if args.ablation != 1:
-                    with ops.autocast(device, args.amp != "off"):
-                        loss = tester_loss(tester, creator, batches, args.gamma, args.ablation,
-                                           args.created_test)
-                    descend(tester_opt, grad(loss, ex), run.at("the tester"), loss)
-
-                # 4. The testee's W
-                with ops.autocast(device, args.amp != "off"):
-                    loss = F.cross_entropy(testee(x, alphas), y)
-                descend(testee_opt, grad(loss, w), run.at("the testee"), loss, args.grad_clip)
-                run.log(train_loss=loss, **figures)
-
-            figures = {}
-            if args.ablation == 1:
-                f = torch.sigmoid(creator[0].detach())[val_rows]
-            with ops.evaluating(testee, *([tester] if tester else [])):
-                accuracy, = ops.accuracies(lambda x: testee(x, alphas), data, val_rows,
-                                           args.batch_size)
-                if args.ablation != 1:
-                    f, figures["tester_val_accuracy"] = score_bank(tester, creator, data, val_rows,
+            figures, f = {}, None
+            if args.ablation == 1 and m.creator:
+                f = torch.sigmoid(m.creator[0].detach())[val_rows]
+            with ops.evaluating(testee, *([m.tester] if m.tester else [])):
+                figures["val_accuracy"], = ops.accuracies(lambda x: testee(x, alphas), data,
+                                                          val_rows, args.batch_size)
+                if m.tester:
+                    f, figures["tester_val_accuracy"] = score_bank(m, data, val_rows,
                                                                    args.batch_size)
-            ops.end_epoch(run, alphas, val_accuracy=accuracy, **figures)
-            run.picture("tests", tests(data, val_rows, f.cpu()))
+            ops.end_epoch(run, alphas, **figures)
+            if f is not None:
+                run.picture("tests", tests(data, val_rows, f.cpu()))
 
     ops.print_next(run)
 
@@ -317,13 +346,13 @@ def main(argv=None):
 
 
 @torch.no_grad()
-def score_bank(tester, creator, data, rows, batch_size):
+def score_bank(m: Learners, data, rows, batch_size):
     """Return f of every image `rows`, (len(rows),), and the share of them that the tester gets
     right."""
     f, hits = [], 0
     for x, y in ops.batches(data, rows, batch_size):
-        logits, features = tester(x)
-        f.append(selection(creator, features))
+        logits, features = m.tester(x)
+        f.append(selection(m.creator, features))
         hits += (logits.argmax(1) == y).sum().item()
     return torch.cat(f), hits / len(rows)
 

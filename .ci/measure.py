@@ -1,28 +1,7 @@
-"""Print what measurements.md reports; the checks are in test_smoke.py.
+"""Print what docs/measurements.md reports, and check the scripts on a device.
 
-    python .ci/measure.py --bench [--device cuda] [--peers DIR] [--data DIR]
-    python .ci/measure.py --worth [--data DIR DIR]
-    python .ci/measure.py --starts [--data DIR]
-    python .ci/measure.py --calls
-    python .ci/measure.py --labels 3 [--data DIR]
-    python .ci/measure.py --mechanisms 5 [--data DIR DIR]
-    python .ci/measure.py --curves runs > curves.svg
-    python .ci/measure.py --soak
-
---bench   Markdown tables: the time, memory and operator calls of a step of each method beside the
-          per-edge supernet (and, with --peers, beside the originals), the least time that the
-          device's own rates allow such a step, and 1 - cosine of each method's outer gradient at
-          lower precision with float64's.
---worth   how well gradients of A by several ways predict the change of the objective where A moves,
-          and how far the objective falls along each, in reduced searches.
---starts  whether LeaSE's gradient from one start of delta descends the objective at others.
---calls   the operator calls of a first step of each script at the defaults' sizes.
---labels  whether LPT's tester weighs wrong labels less, for several lambda, as AUC over seeds.
---mechanisms  a table: is LPT's test harder than its bank, and what is the created test's share;
-          do IL's learners stay close and learn as well as JL's; does LeaSE mark the object.
---curves  LPT's test errors over lambda and gamma, from runs that are there, as an SVG.
---soak    a line per script after 150 kills (or as many as given), how many of 2,000 damages of a
-          checkpoint are seen, and how memory grows in 180 steps.
+    python .ci/measure.py --checks --device cuda            # the others: --help
+    python .ci/measure.py --bench --device cuda --peers DIR
 """
 
 import argparse
@@ -31,14 +10,13 @@ import copy
 import importlib
 import itertools
 import json
-import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,83 +37,82 @@ import il
 import lease
 import lpt
 import test_smoke as tests
-from test_smoke import cosine
 
-# ------------------------------------------------------------------------ other people's networks
-
-
-def peer(folder, *names):
-    """Import modules of somebody else's folder beside ours of the same names."""
-    stems = [path.stem for path in folder.glob("*.py")]
-    ours = {name: sys.modules.pop(name) for name in stems if name in sys.modules}
-    sys.path.insert(0, str(folder))
-    try:
-        return [importlib.import_module(name) for name in names]
-    finally:
-        sys.path.remove(str(folder))
-        for name in stems:
-            sys.modules.pop(name, None)
-        sys.modules.update(ours)
+ALGORITHM = {lpt: "algorithm_2", il: "algorithm_3", lease: "algorithm_1"}
+nothing = lambda *args, **kw: None
+with_auxiliary = lambda net, x, y: sum(c * F.cross_entropy(each, y)
+                                       for c, each in zip((1, 0.4), net(x)))
 
 
-def peer_modules(whose, peers, device, *names):
-    """Import a peer's modules; without a GPU .cuda() then returns what it is called on."""
-    if device.type == "cpu":
-        nn.Module.cuda = torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    warnings.simplefilter("ignore")                                # they are of 2018 and 2021
-    return peer(peers / {"quark0": "darts/cnn", "authors": "LPT-COVIDx/darts-LPT"}[whose], *names)
+def vector(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
 
 
-RATES = dict(learning_rate=0.025, momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4,
-             arch_weight_decay=1e-3, weight_gamma=1.0, weight_lambda=1.0, weight_decay_w=3e-4,
-             weight_decay_h=3e-4, model_v_learning_rate=3e-4, model_v_weight_decay=1e-3,
-             teacher_arch="18", is_cifar100=1)
+def table_row(*cells, head=False):
+    print(f"| {' | '.join(map(str, cells))} |" + head * f"\n|{'---|' * len(cells)}", flush=True)
+
+
+def spread(values):
+    """Return mean and standard deviation as text."""
+    deviation = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3g}{deviation}"
 
 
 def sgd(module):
     return torch.optim.SGD(module.parameters(), 0.025, 0.9, weight_decay=3e-4)
 
 
-def lpt_step(m, alpha_opt, creator_opt, batches):
-    """Repeat the body of lpt.py's loop on the same batches."""
-    ga, gc = lpt.outer_gradients(m, batches)[:2]
-    ops.descend(alpha_opt, ga), ops.descend(creator_opt, [-g for g in gc])
-    for opt, loss, clip in (
-            (m.tester_opt, lpt.tester_loss(m.tester, m.creator, batches, 1.0, 0), None),
-            (m.testee_opt, F.cross_entropy(m.testee(batches[0][0], m.alphas), batches[0][1]), 5.0)):
-        weights = opt.param_groups[0]["params"]
-        ops.descend(opt, ops.grad(loss, weights), "a learner", loss, clip)
+def problem(module, argv, device, batch, side=32, C=16, layers=8, supernet=ops.Supernet,
+            dtype=torch.float32):
+    """Return a method's learners, batches and arguments, made up: the same on every device."""
+    torch.manual_seed(0)
+    args, _ = module.get_args(argv)
+    alphas = [nn.Parameter(a.detach().to(dtype)) for a in ops.initial_alphas(device)]
+    shared = alphas, torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999), weight_decay=1e-3)
+
+    def learner(net):
+        net = ops.place(net.to(dtype), device)
+        return net, sgd(net)
+
+    def images():
+        return torch.randn(batch, 3, side, side).to(device, dtype,
+                                                    memory_format=ops.memory_format(device))
+
+    def labelled(count):
+        return [(images(), torch.randint(100, (batch,)).to(device), None) for _ in range(count)]
+
+    if module is il:
+        stages = [il.Stage(*learner(supernet(C, 100, layers)))
+                  for _ in range(args.rounds) for k, _ in enumerate(args.tasks)]
+        return il.Learners(stages, *shared), (labelled(len(stages)), labelled(2)), args
+    searched = learner(supernet(C, 100, layers))
+    if module is lease:
+        m = lease.Learners(*searched, *shared,
+                           *learner(torchvision.models.resnet18(num_classes=100)))
+        return m, (*labelled(2), args.delta_scale * images()), args
+    m = lpt.Learners(*searched, *shared)
+    if args.encoder != "none":
+        m.tester, m.tester_opt = learner(lpt.Tester(args.encoder, 100))
+        m.creator = list(nn.Linear(512, 1).to(device, dtype).parameters())
+        m.creator_opt = torch.optim.Adam(m.creator, args.creator_lr, weight_decay=1e-3)
+    return m, labelled(3), args
 
 
-def il_step(stages, alphas, alpha_opt, train, val):
-    grads = tests.stage_gradients(stages, alphas, train)
-    g, _ = il.outer_gradient(stages, alphas, train, val, 100.0, "proximal", 2, grads)
-    il.update_weights(stages, grads, [torch.zeros(())] * len(grads), 100.0, "proximal", clip=5.0)
-    ops.descend(alpha_opt, g)
+def stage_gradients(m, batches):
+    return [ops.grad(il.loss_of(stage.net, m.alphas, batch), stage.weights)
+            for stage, batch in zip(m.stages, batches[0])]
 
 
-def authors_step(modules, device, x, y):
-    """Return one step of the LPT authors' search, by their own classes."""
-    model_search, architect_ts, teacher, updater = modules
-    args, criterion = types.SimpleNamespace(**RATES), nn.CrossEntropyLoss()
-    model = model_search.Network(16, 100, 8, criterion).to(device)
-    w, h, v = (teacher.resnet18().to(device), nn.Linear(512, 100).to(device),
-               nn.Linear(512, 2).to(device))
-    opt, opt_w, opt_h = map(sgd, (model, w, h))
-    architect, creator = architect_ts.Architect(model, args), updater.Teacher_Updater(w, h, v, args)
+def outer_gradient(module, m, batches, args, **changes):
+    """Return A's gradient and, of LPT, C's, at changed settings, as vectors."""
+    args = argparse.Namespace(**vars(args) | changes)
+    more = ([stage_gradients(m, batches)] if module is il else
+            [lease.look_ahead(m, batches, args)] if module is lease else [])
+    found = module.outer_gradient(m, batches, args, *more)
+    return [vector(g) for g in (found[:2] if module is lpt else found[:1])]
 
-    def step():
-        architect.step(x, y, x, y, 0.025, opt, w, v, unrolled=True)
-        creator.step(criterion, x, y, x, y, x, y, 0.025, 0.025, opt, opt_w, opt_h, model,
-                     unrolled=True)
-        opt_w.zero_grad(), opt_h.zero_grad()
-        features = w(x)
-        f = v(features).softmax(1)[:, 1]
-        (criterion(h(w(x)), y) + (f * F.cross_entropy(h(features), y, reduction="none")).mean()
-         ).backward()
-        opt_w.step(), opt_h.step()
-        weight_step(model, opt, lambda: criterion(model(x), y))
-    return step
+
+# ------------------------------------------------------------------------------- speed and memory
 
 
 def weight_step(model, opt, loss):
@@ -145,93 +122,67 @@ def weight_step(model, opt, loss):
     opt.step()
 
 
-def workload(kind, device, peers=None):
-    """Return one step to time, for kind "what: whose"."""
-    torch.manual_seed(0)
-    what, _, whose = kind.partition(": ")
-    x, y = torch.randn(16, 3, 32, 32, device=device), torch.randint(100, (16,), device=device)
-    alphas = ops.initial_alphas(device)
-    alpha_opt = torch.optim.Adam(alphas, 3e-4, (0.5, 0.999), weight_decay=1e-3)
-    if whose == "authors":
-        modules = peer_modules(whose, peers, device, "model_search", "architect_ts", "teacher",
-                               "teacher_update")
-        return authors_step(modules, device, x, y)
-    if whose == "quark0" and what != "evaluation":
-        search, architect = peer_modules(whose, peers, device, "model_search", "architect")
-        model = search.Network(16, 100, 8, nn.CrossEntropyLoss()).to(device)
-        opt, architect = sgd(model), architect.Architect(model, types.SimpleNamespace(**RATES))
-
-        def weights():
-            weight_step(model, opt, lambda: model._loss(x, y))
-
-        def step():
-            architect.step(x, y, x, y, 0.025, opt, unrolled=True)
-            weights()
-        return weights if what == "supernet" else step
-    if whose == "quark0":
-        model, cells = peer_modules(whose, peers, device, "model", "genotypes")
-        net = model.NetworkCIFAR(36, 100, 20, True, cells.DARTS_V2).to(device)
+def peer_step(what, whose, device, peers, x, y):
+    """Return a step of somebody else's code as it is; without a GPU .cuda() does nothing."""
+    if device.type == "cpu":
+        nn.Module.cuda = torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    criterion, args = nn.CrossEntropyLoss(), argparse.Namespace(
+        learning_rate=0.025, momentum=0.9, weight_decay=3e-4, arch_learning_rate=3e-4,
+        arch_weight_decay=1e-3, weight_gamma=1.0, weight_lambda=1.0, weight_decay_w=3e-4,
+        weight_decay_h=3e-4, model_v_learning_rate=3e-4, model_v_weight_decay=1e-3,
+        teacher_arch="18", is_cifar100=1)
+    folder = peers / {"quark0": "darts/cnn", "authors": "LPT-COVIDx/darts-LPT"}[whose]
+    for path in folder.glob("*.py"):                               # ours of the same names, too
+        sys.modules.pop(path.stem, None)
+    sys.path.insert(0, str(folder))
+    first, second, *more = map(importlib.import_module, (
+        ["model", "genotypes"] if what == "evaluation" else ["model_search", "architect"]
+        if whose == "quark0" else ["model_search", "architect_ts", "teacher", "teacher_update"]))
+    if what == "evaluation":
+        net = first.NetworkCIFAR(36, 100, 20, True, second.DARTS_V2).to(device)
         net.drop_path_prob, opt = 0.0, sgd(net)
+        return lambda: weight_step(net, opt, lambda: with_auxiliary(net, x, y))
+    model = first.Network(16, 100, 8, criterion).to(device)
+    opt, architect = sgd(model), second.Architect(model, args)
+    if more:
+        w, h, v = more[0].resnet18().to(device), *(nn.Linear(512, n).to(device) for n in (100, 2))
+        opt_w, opt_h, creator = sgd(w), sgd(h), more[1].Teacher_Updater(w, h, v, args)
 
-        def loss():
-            logits, auxiliary = net(x)
-            return F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(auxiliary, y)
-        return lambda: weight_step(net, opt, loss)
+    def step():
+        if what == "DARTS":
+            architect.step(x, y, x, y, 0.025, opt, unrolled=True)
+        elif more:
+            architect.step(x, y, x, y, 0.025, opt, w, v, unrolled=True)
+            creator.step(criterion, x, y, x, y, x, y, 0.025, 0.025, opt, opt_w, opt_h, model,
+                         unrolled=True)
+            opt_w.zero_grad(), opt_h.zero_grad()
+            features = w(x)
+            f, losses = v(features).softmax(1)[:, 1], F.cross_entropy(h(features), y,
+                                                                      reduction="none")
+            (criterion(h(w(x)), y) + (f * losses).mean()).backward()
+            opt_w.step(), opt_h.step()
+        weight_step(model, opt, lambda: criterion(model(x), y))
+    return step
 
-    x = x.contiguous(memory_format=ops.memory_format(device))
 
-    def supernet(C=16, layers=8):
-        if whose == "per edge":
-            return tests.NaiveSupernet(C, 100, layers).to(device)
-        return ops.place(ops.Supernet(C, 100, layers), device)
+def workload(kind, device, batch=None, peers=None):
+    """Return one step to time, for kind "what: whose"."""
+    what, _, whose = kind.partition(": ")
+    batch = batch or (16 if device.type == "cpu" else 96 if what == "evaluation" else 64)
+    torch.manual_seed(0)
+    x, y = torch.randn(batch, 3, 32, 32).to(device), torch.randint(100, (batch,)).to(device)
+    if whose in ("quark0", "authors"):
+        return peer_step(what, whose, device, peers, x, y)
     if what == "evaluation":
         net = ops.place(evaluate.Network(genotypes.load("DARTS_V2"), 36, 100, 20), device)
-        opt = sgd(net)
-
-        def step():
-            logits, auxiliary = net(x)
-            loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(auxiliary, y)
-            loss.backward()
-            weights = opt.param_groups[0]["params"]
-            ops.descend(opt, [w.grad for w in weights], "the network", loss, 5.0)
-        return step
-    if what == "supernet":
-        net = supernet()
-        opt = sgd(net)
-        return lambda: weight_step(net, opt, lambda: F.cross_entropy(net(x, alphas), y))
-    if what == "LPT":
-        testee, tester = supernet(), ops.place(lpt.Tester("resnet18", 100), device)
-        creator = list(nn.Linear(512, 1).to(device).parameters())
-        m = lpt.Learners(testee, alphas, sgd(testee), tester, creator, sgd(tester))
-        creator_opt = torch.optim.Adam(creator, 3e-4, weight_decay=1e-3)
-        return lambda: lpt_step(m, alpha_opt, creator_opt, [(x, y, None)] * 3)
-    rounds = int(whose) if what == "IL" else None                  # else second-order DARTS
-    nets = [supernet(8, 4) for _ in range(2 * rounds)] if rounds else [supernet()]
-    stages = [il.Learner(l % 2, net, sgd(net)) for l, net in enumerate(nets)]
-    val = [(x, y)] * min(2, len(nets))
-    return lambda: il_step(stages, alphas, alpha_opt, [(x, y)] * len(stages), val)
-
-
-def resident():
-    """Return this process's largest resident memory so far, in MiB (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def memory(kind, device, peers):
-    """Return memory_here of a workload, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--memory-of", kind, "--device", str(device),
-                           *(["--peers", str(peers)] if peers else [])],
-                          capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def memory_here(kind, device, peers):
-    """Return the MiB that two steps of a workload add to what this process had."""
-    step = workload(kind, device, peers)
-    before = 0 if device.type == "cuda" else resident()
-    step(), step()
-    return ops.peak_memory(device) if device.type == "cuda" else resident() - before
+        opt, x = sgd(net), x.contiguous(memory_format=ops.memory_format(device))
+        return lambda: (with_auxiliary(net, x, y).backward(), ops.descend(
+            opt, [w.grad for w in net.parameters()], "the network", 5.0))
+    module = {"IL": il, "LeaSE": lease}.get(what, lpt)
+    made = problem(module, ["--encoder", "none"] if what in ("DARTS", "supernet") else [], device,
+                   batch, supernet=tests.NaiveSupernet if whose == "per edge" else ops.Supernet,
+                   **dict(C=8, layers=4) if module is il else {})
+    return lambda: getattr(module, ALGORITHM[module])(*made, what != "supernet")
 
 
 class Calls(TorchDispatchMode):
@@ -243,8 +194,7 @@ class Calls(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if not op.is_view:
             self.count += 1
-            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out))
-                              if torch.is_tensor(t))
+            self.bytes += sum(getattr(t, "nbytes", 0) for t in tree_leaves((args, kwargs, out)))
         if op == torch.ops.aten.convolution.default:
             self.flops += 2 * out.numel() * args[1][0].numel()
         elif op == torch.ops.aten.convolution_backward.default:
@@ -263,609 +213,390 @@ def timed(step, device):
     return time.perf_counter() - begin
 
 
-def interleaved(kinds, count, device, peers):
-    """Return per workload the median of `count` steps timed in turn, and the first step's time."""
-    steps = {kind: workload(kind, device, peers) for kind in kinds}
-    seconds = {kind: [] for kind in kinds}
-    for _ in range(count + 1):
-        for kind, step in steps.items():
-            seconds[kind].append(timed(step, device))
-    return {kind: (statistics.median(values[1:]), values[0]) for kind, values in seconds.items()}
+def resident(field):
+    """Return this process's memory in MiB (Linux); VmHWM: the largest so far."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
-def bench_floor(device):
-    """Print how long a pass takes if its multiplications run at the rate of a large matrix product,
-    or its operators read and wrote at the rate of a large copy."""
-    a, large = torch.randn(2048, 2048, device=device), torch.randn(2, 2 ** 26, device=device)
-    rates = {}
-    for name, step, work in (("GFLOP", lambda: a @ a, 2 * 2048 ** 3),
-                             ("GB", lambda: large[0].copy_(large[1]), large.nbytes)):
-        rates[name] = work / 1e9 / min(timed(step, device) for _ in range(9))
-    print("| step | GFLOP | at a matrix product's rate, s | GB | at a copy's rate, s |\n"
-          "|---|---|---|---|---|")
-    for kind in ("supernet: ours", "DARTS: ours", "LPT: ours", "evaluation: ours"):
-        step = workload(kind, device)
-        with Calls() as calls:
-            step()
-        work, moved = calls.flops / 1e9, calls.bytes / 1e9
-        print(f"| {kind} | {work:.1f} | {work / rates['GFLOP']:.2f} | {moved:.2f} | "
-              f"{moved / rates['GB']:.2f} |", flush=True)
-    print("\nmeasured rates: " + ", ".join(f"{rate:.0f} {name}/s" for name, rate in rates.items()))
+def figures_here(kind, device, *given):
+    """Print, as JSON, the seconds of a workload's first step, the MiB that two add to what this
+    process had, operator calls and what they compute and move; on a GPU kernels and their time."""
+    step, gpu, before = workload(kind, device, *given), device.type == "cuda", resident("VmHWM")
+    found = {"first": timed(step, device), "second": timed(step, device)}
+    found["MiB"] = ops.peak_memory(device) if gpu else resident("VmHWM") - before
+    if gpu:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            timed(step, device)
+        kernels = [event.time_range.elapsed_us() for event in seen.events() if event.device_type
+                   == torch.autograd.DeviceType.CUDA and not event.is_user_annotation]
+        found |= {"kernels": len(kernels), "busy": sum(kernels) / 1e6}
+    with Calls() as calls:
+        step()
+    print(json.dumps(found | {"calls": calls.count, "flops": calls.flops, "bytes": calls.bytes}))
 
 
-def bench_speed(device, peers, count=5):
-    """Print the time, memory and calls of a step as Markdown tables."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}\n")
-    others = {"supernet": ["quark0"], "DARTS": ["quark0"], "LPT": ["authors"],
-              "evaluation": ["quark0"]} if peers else {}
-    for what, title in (("supernet", "weight step of the supernet, C 16, 8 cells, batch 16"),
-                        ("DARTS", "step of second-order DARTS (IL, one task and round), the same"),
-                        ("LPT", "step of LPT, the same with ResNet-18"),
-                        ("evaluation", "weight step of evaluate.py, C 36, 20 cells, batch 16"),
-                        ("IL", "step of IL, K = 2, C 8, 4 cells, batch 16, by rounds M")):
-        whose = others.get(what, []) + (["1", "2", "4"] if what == "IL" else
-                                        ["per edge", "ours"] if what != "evaluation" else ["ours"])
-        kinds = [f"{what}: {who}" for who in whose]
-        seconds, first = interleaved(kinds, count, device, peers), None
-        print(f"| {title} | s | ratio | MiB | ratio | calls | first, s |", "|---" * 7 + "|",
-              sep="\n")
-        for kind in kinds:
-            step = workload(kind, device, peers)
-            with Calls() as calls:
-                step()
-            line = seconds[kind][0], memory(kind, device, peers)
-            first = first or line
-            print(f"| {kind.split(': ')[1]} | {line[0]:.3g} | {line[0] / first[0]:.2f} | "
-                  f"{line[1]:.0f} | {line[1] / first[1]:.2f} | {calls.count} | "
-                  f"{seconds[kind][1]:.3g} |", flush=True)
+def bench(device, batch, peers, count=5):
+    """Print what a step takes, as Markdown tables: the median of `count` steps of a table's
+    workloads in turn; beside it the least that it would take if it multiplied at the rate of a
+    large matrix product, or if its operators read and wrote at the rate of a large copy."""
+    gpu, n = (True, 2 ** 13) if device.type == "cuda" else (False, 2 ** 11)
+    a, (b, c) = (torch.randn(*shape, device=device) for shape in ((n, n), (2, 2 * n ** 2)))
+    multiplying, moving = (work / min(timed(step, device) for _ in range(9)) for step, work in (
+        (lambda: a @ a, 2 * n ** 3), (lambda: b.copy_(c), 2 * c.nbytes)))
+    name, batches = (torch.cuda.get_device_name(), "64, evaluation 96") if gpu else (device, 16)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {name}, batch "
+          f"{batch or batches}; {multiplying / 1e9:.0f} GFLOP/s, {moving / 1e9:.0f} GB/s")
+    for what, title, whose in (
+            ("supernet", "weight step of the supernet, C 16, 8 cells", ["quark0", "per edge"]),
+            ("DARTS", "step of second-order DARTS, the same", ["quark0", "per edge"]),
+            ("LPT", "step of LPT, the same with ResNet-18", ["authors", "per edge"]),
+            ("evaluation", "weight step of evaluate.py, C 36, 20 cells", ["quark0"]),
+            ("IL", "step of IL, two tasks and rounds, C 8, 4 cells", []),
+            ("LeaSE", "step of LeaSE, C 16, 8 cells, ResNet-18", [])):
+        whose = [who for who in [*whose, "ours"] if peers or who in ("per edge", "ours")]
+        found = [json.loads(subprocess.run(                        # each in a process of its own
+            [sys.executable, *sys.argv, "--figures-of", f"{what}: {who}"], capture_output=True,
+            text=True, check=True).stdout.splitlines()[-1]) for who in whose]
+        with contextlib.redirect_stdout(None):                     # peers print their widths
+            steps = [workload(f"{what}: {who}", device, batch, peers) for who in whose]
+        times = [[timed(step, device) for step in steps] for _ in range(count + 1)][1:]
         print()
+        table_row(title, "s", "ratio", "MiB", "ratio", "calls", *["kernels", "busy, s"] * gpu,
+                  "first, s", "multiplying, s", "moving, s", head=True)
+        for who, f, seconds in zip(whose, found, zip(*times)):
+            f["s"] = statistics.median(seconds)
+            table_row(who, *(cell for name in ("s", "MiB") for cell in (
+                f"{f[name]:.4g}", f"{f[name] / found[0][name]:.2f}")), f["calls"],
+                *[f.get("kernels"), f"{f.get('busy', 0):.3g}"] * gpu, f"{f['first']:.3g}",
+                f"{f['flops'] / multiplying:.3g}", f"{f['bytes'] / moving:.3g}")
 
 
-def bench_precision(data_dir, device):
-    """Print how far the outer gradient's direction is from float64's at the same radius."""
-    data = ops.load_images("folder" if data_dir else "synthetic", data_dir, device)
-    n, settings = len(data.classes), {"float32": (False, False), "--amp bf16": (True, False),
-                                      "--amp bf16-all": (True, True)}
-    if device.type == "cuda":
-        settings["--tf32"] = (False, False)
-    rows = ops.split_rows(data.labels, 1)
-    streams = [ops.Stream(data, rows[name != "train"], 16, 1, name)
-               for name in ("train", "bank", "val")]
-    print(f"1 - cosine of the outer gradient with float64's, radius 0.01, order 2, C 8, 4 cells, "
-          f"batch 16, {data_dir or 'synthetic images'}\n")
-    print("| | " + " | ".join(settings) + " |\n|---" + "|---" * len(settings) + "|")
-    for method, when in itertools.product(("LPT", "IL", "LeaSE"), (0, 30)):
-        torch.manual_seed(1)
-        nets = [ops.place(ops.Supernet(8, n, 4), device) for _ in range(2 if method == "IL" else 1)]
-        other = ops.place(lpt.Tester("resnet18", n) if method == "LPT" else
-                          torchvision.models.resnet18(num_classes=n), device)
-        alphas = ops.initial_alphas(device)
-        creator = list(nn.Linear(512, 1).to(device).parameters())
-        for step in range(when):                                   # of the weights alone
-            x, y, _ = streams[0](step)
-            for net in [*nets, other]:
-                logits = net(x, alphas) if net is not other else net(x)
-                loss = F.cross_entropy(logits[0] if method == "LPT" and net is other else logits, y)
-                w = list(net.parameters())
-                opt = torch.optim.SGD(w, 0.025)
-                ops.descend(opt, ops.grad(loss, w), "a learner", loss, 5.0)
+def count_calls():
+    """Print a first step's operator calls, and how often its host waits, at the defaults' sizes."""
+    size = "--image-size 32 --epochs 1 --hold-out 1872"            # 128 images are left
+    search = f"{size} --layers 8 --channels 16 --batch-size 64 --warm-up 0"
+    one = f"--dataset synthetic:10 {search}"
+    table_row("a step of", "calls", "waits", head=True)
+    for name, module, argv in (
+            ("lpt", lpt, one), ("lpt --base pcdarts", lpt, f"{one} --base pcdarts"),
+            ("lpt --encoder none", lpt, f"{one} --encoder none"), ("lease", lease, one),
+            ("il", il, f"--tasks synthetic:10 synthetic:5 {search}"), ("evaluate", evaluate, (
+                f"{size} --dataset synthetic:10 --batch-size 96 --arch DARTS_V2"))):
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("builtins.print", nothing)
+            waits, calls = tests.steps_abroad(module, argv.split(), Path(folder))[0]
+        table_row(name, calls, waits)
 
-        def gradients(dtype, train, outer):
-            def cast(tensors):
-                return [nn.Parameter(t.detach().to(dtype)) for t in tensors]
-            *mine, his = [copy.deepcopy(net).to(dtype) for net in [*nets, other]]
-            opts = [torch.optim.SGD(net.parameters(), 0.025) for net in [*mine, his]]
-            a, c = cast(alphas), cast(creator)
-            batches = [(x.to(dtype), y, i) for x, y, i in (stream(100) for stream in streams)]
-            (x, y), val = batches[0][:2], batches[2][:2]
-            if method == "LPT":
-                with ops.autocast(device, outer):
-                    return lpt.outer_gradients(lpt.Learners(mine[0], a, opts[0], his, c, opts[1]),
-                                               batches)[:2]
-            if method == "IL":
-                stages = [il.Learner(0, net, opt) for net, opt in zip(mine, opts)]
-                with ops.autocast(device, train):
-                    grads = tests.stage_gradients(stages, a, [(x, y)] * 2)
-                with ops.autocast(device, outer):
-                    return il.outer_gradient(stages, a, [(x, y)] * 2, [val], 100.0,
-                                             "proximal", 2, grads)[:1]
-            m = lease.Learners(mine[0], a, opts[0], his, opts[1])
-            delta = lease.random_delta(x.shape, 0.01, device, 1, 0).to(dtype)
-            with ops.autocast(device, train):
-                ahead = tests.lease_ahead(m, (x, y), delta)
-            with ops.autocast(device, outer):
-                return lease.outer_gradient(m, (x, y), val, delta, 1.0, "signed", 2, *ahead)[:1]
 
-        exact, found = gradients(torch.float64, False, False), {}
-        for name, (train, outer) in settings.items():
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = "tf32" in name
-            found[name] = gradients(torch.float32, train, outer)
-        for i, player in enumerate("AC"[:len(exact)]):
-            cells = [f"{1 - cosine(got[i], exact[i]):.1e}" for got in found.values()]
-            print(f"| {method}, {player}, after {when} steps | " + " | ".join(cells) + " |",
-                  flush=True)
+# ------------------------------------------------------------------------------------- the checks
+
+ROOT, CELL = Path(lpt.__file__).parent, "--arch LPT_PDARTS"
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node"
+JOBS = [*(f"{method} --base {base}" for method in ("lpt", "il", "lease")
+          for base in ("darts-2nd", "pcdarts", "pdarts")), "lpt --order 2", "il --order 2",
+        "lease --order 2", "lpt --encoder none", "lpt --amp bf16-all", "lease --amp bf16",
+        "lpt --tf32", f"evaluate {CELL}", f"evaluate {CELL} --amp bf16"]
+
+
+class Checks:
+    """Runs the scripts on a device, below a folder. A check returns what it saw, or raises."""
+
+    def __init__(self, device, folder):
+        self.device, self.folder = device, folder
+
+    def command(self, job, quick=True, python="", folder=None):
+        script, *argv = job.split()
+        return [sys.executable, *python.split(), f"{script}.py", *argv, *["--quick"] * quick,
+                "--device", self.device.type, "--out", str(self.folder / (folder or job))]
+
+    def run(self, command, code=0):
+        """Return the lines that a command prints, standard error's last."""
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        assert done.returncode == code, f"exit code {done.returncode}: {' / '.join(lines[-3:])}"
+        return lines
+
+    def job(self, job, *more):
+        """Run a script to its end; return its last figures."""
+        lines = self.run(self.command(job, *more))
+        return [line for line in lines if line.startswith(("epoch ", "test error"))][-1][:80]
+
+    def killed(self, job):
+        """Kill a run in its second epoch and resume it: it must end as an undisturbed one."""
+        job += " --deterministic --checkpoint-minutes 0.02"
+        command, _ = self.command(job, folder=f"{job} cut"), self.job(job)
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if line.startswith("epoch 2/") and "step 10/" in line:
+                    process.kill()
+        assert process.returncode == -9, f"exit code {process.returncode}"
+        self.run([*command, "--resume"])
+        whole, cut = (tree_leaves(ops.read_checkpoint(self.folder / name)["parts"])
+                      for name in (job, f"{job} cut"))
+        same = [torch.equal(a, b) if torch.is_tensor(a) else a == b
+                for a, b in zip(whole, cut, strict=True)]
+        assert same and all(same), f"{same.count(False)} of {len(same)} values differ"
+        return f"{len(same)} values are equal"
+
+    def imagenet(self):
+        """Search and train on made-up files, which other processes read."""
+        tree = self.folder / "images"
+        for part, kind, i in itertools.product(("train", "val"), "abc", range(48)):
+            (tree / part / kind).mkdir(parents=True, exist_ok=True)
+            torchvision.io.write_png(torch.randint(256, (3, 48, 56)).byte(),
+                                     str(tree / part / kind / f"{i}.png"))
+        argv = (f"--dataset imagenet --data {tree} --image-size 64 --channels 8 --epochs 1 "
+                "--batch-size 16 --workers 2")
+        self.job(f"lpt --base pcdarts --layers 3 --warm-up 0 --subsets 0.5 0.5 {argv}", False, "",
+                 "files of lpt")
+        return self.job(f"evaluate {CELL} --layers 5 {argv}", False, "", "files of evaluate")
+
+    def refused(self):
+        """More processes than GPUs are refused in one line."""
+        count = torch.cuda.device_count() + 1
+        lines = self.run(self.command("lpt", True, f"{TORCHRUN} {count}", "refused"), code=1)
+        said = [line for line in lines if line.startswith("error: ")]
+        assert len(said) == 1, said or lines[-1]
+        return said[0]
+
+    def out_of_memory(self):
+        """A run that may have a hundredth of the GPU, so that it disturbs no other."""
+        program = ("import torch, darts_ops as ops, lpt; ops.run(lambda argv: ("
+                   "torch.cuda.set_per_process_memory_fraction(0.01), lpt.main(argv)))")
+        command = self.command("lpt --dataset synthetic --batch-size 512", False)
+        said = self.run([command[0], "-c", program, *command[2:]], code=1)[-1]
+        assert said.startswith("error: out of memory"), said
+        return said[:80]
+
+    def load(self):
+        self.job(f"evaluate {CELL} --epochs 1", True, "", "load")
+        network, classes, transform = evaluate.load(self.folder / "load", self.device)
+        x = transform(torch.zeros(3, 16, 16, dtype=torch.uint8))[None].to(self.device)
+        return f"{classes[network(x)[0].argmax()]}, on {x.device}"
+
+    def gradients(self, module):
+        """Compare outer gradients in float64: exact ones with the CPU's and with differences."""
+        def at(device, **changes):
+            made = problem(module, [], device, 8, 16, 4, 3, dtype=torch.float64)
+            return torch.cat(outer_gradient(module, *made, **changes)).cpu()
+
+        exact, cpu = at(self.device, gradient="exact"), torch.device("cpu")
+        there, near = (((g - exact).norm() / exact.norm()).item() for g in (
+            at(cpu, gradient="exact"), at(self.device, radius=1e-8, delta_radius=1e-8)))
+        assert there < 1e-10 and near < 1e-4, (there, near)
+        return f"the CPU's {there:.0e} away, the difference at radius 1e-8 {near:.0e}"
+
+
+def check(device, only=""):
+    """Print a line per check whose name has `only`, then how many passed."""
+    with tempfile.TemporaryDirectory() as folder:
+        on = Checks(device, Path(folder))
+        todo = {job: (on.job, job) for job in JOBS} | {
+            f"gradients of {m.__name__}": (on.gradients, m) for m in (lpt, il, lease)} | {
+            "lpt killed and resumed": (on.killed, "lpt"), "ImageNet's files": (on.imagenet,),
+            "evaluate killed and resumed": (on.killed, f"evaluate {CELL}"),
+            "evaluate.load": (on.load,), "torchrun": (on.job, "lpt", True, f"{TORCHRUN} 1", "run"),
+            **({"torchrun, too many": (on.refused,), "out of memory": (on.out_of_memory,)}
+               if device.type == "cuda" else {})}
+        todo = {name: job for name, job in todo.items() if only in name}
+
+        def passes(name):
+            begin, (function, *words) = time.time(), todo[name]
+            try:
+                sign, said = "ok  ", function(*words)
+            except Exception as error:
+                sign, said = "FAIL", f"{type(error).__name__}: {error}"
+            print(f"{sign} {time.time() - begin:4.0f} s  {name}: {said}", flush=True)
+            return sign != "FAIL"
+
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 3)) as pool:
+            print(f"{sum(pool.map(passes, todo))} of {len(todo)} passed")
 
 
 # ------------------------------------------------------------------------------------ the studies
 
 REDUCED = ["--image-size", "16", "--layers", "3", "--channels", "4", "--batch-size", "50",
            "--alpha-lr", "6e-3", "--device", "cpu"]
-
-
-def reduced_search(module, argv, *patches):
-    """Run a script's search at REDUCED, attributes replaced, its words kept out of a table."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        for owner, name, value in patches:
-            patch.setattr(owner, name, value)
-        patch.setattr("builtins.print", lambda *args, **kw: None)
-        module.main([*argv, *REDUCED, "--out", folder])
-
-
-# LeaSE's setting in the studies: the paper's one radius, and A learns from the first step
-ONE_RADIUS = ["--delta-scale", "0.01", "--delta-radius", "0.01", "--warm-up", "0"]
 MOVES = 4.5e-3, 0.09        # Adam's first step along 2 x 14 x 8 alphas, at rates 3e-4 and 6e-3
 
 
-def data_sets(folders):
-    """Return the names of the data sets that a study runs on."""
-    return [f"folder:{folder}" for folder in folders] or ["synthetic:10", "synthetic:5"]
+def figures_of(m, batches, args):
+    """Return what a method's mechanism does, as numbers. LPT: R over the bank's mean loss (above 1:
+    the test is harder), the mean of f, the created test's share |gamma grad| / |grad| of stage II's
+    gradient. IL: the mean of |W_l - W_(l-1)| / |W_l| over neighbours; each task's share |M - M_k| /
+    |M - M_0| in how the encoders move: M is where one update_weights takes those of all stages, M_k
+    the same with zeros for task k's gradients, M_0 with zeros for all, where momentum, weight decay
+    and pull act alone."""
+    if isinstance(m, lpt.Learners):
+        train, bank, val = batches
+        _, R, f = lpt.validation_objective(m, m.w, m.ex, bank, val, args)
+        loss = lpt.testee_loss(ops.at_weights(m.testee, m.w), m.alphas, bank)
+        part, whole = (vector(ops.grad(lpt.tester_loss(            # of Eq. 26 and of Eq. 7
+            ops.at_weights(m.tester, m.ex), m.creator, train, bank, argparse.Namespace(
+                **vars(args) | {"ablation": which})), m.ex)).norm() for which in (2, 0))
+        return {"R / mean loss": (R / loss).item(), "f": f.mean().item(),
+                "share of stage II": (part / whole).item()}
+    if isinstance(m, lease.Learners):
+        return {}
+    grads, encoders = stage_gradients(copy.deepcopy(m), batches), lambda m: [
+        vector(il.split(stage.weights)[0]) for stage in m.stages]
+
+    def moved(*blocked):
+        there = copy.deepcopy(m)
+        il.update_weights(there, [[g * (stage.task not in blocked) for g in each]
+                                  for stage, each in zip(m.stages, grads)], args)
+        return torch.cat(encoders(there))
+
+    free, held, tasks = moved(), moved(*range(len(batches[1]))), range(len(batches[1]))
+    return {f"share of task {k + 1}": ((free - moved(k)).norm() / (free - held).norm()).item()
+            for k in tasks} | {"distance": statistics.mean(
+                ((b - a).norm() / b.norm()).item() for a, b in itertools.pairwise(encoders(m)))}
 
 
-def spread(values):
-    """Return mean and standard deviation as text."""
-    deviation = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3g}{deviation}"
+def reduced_search(module, argv, look=nothing, *patches):
+    """Run a search at REDUCED with attributes replaced, its words kept out of a table. Calls
+    look(m, batches, args) before each step; returns figures_of and the log's after each epoch."""
+    step, end_epoch, last, found = getattr(module, ALGORITHM[module]), ops.end_epoch, [], []
+
+    def watched(*given):
+        last[:] = given[:3]
+        look(*last)
+        return step(*given)
+
+    def ending(run, alphas, **figures):
+        found.append(figures_of(*last) | figures)
+        end_epoch(run, alphas, **figures)
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        for each in ((module, ALGORITHM[module], watched), (ops, "end_epoch", ending),
+                     ("builtins.print", nothing), *patches):
+            patch.setattr(*each)
+        module.main([*REDUCED, *map(str, argv), "--out", folder])
+    return found
 
 
-class Enough(Exception):
-    """Ends a search that has been watched for long enough."""
+def worth(value, alphas, gradients, count, seed):
+    """Yield (row, column, number): how well gradients, by column, predict what value() returns as A
+    moves; R2: in `count` random directions; rounding: by 1e-5, where nothing should change."""
+    start, base = vector(alphas), value()
 
-
-def vector(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
-def by_difference(module, problem, radius=1e-2, order=2, gamma=None, delta_radius=None):
-    """Return A's gradient by a method's difference code; gamma replaces LeaSE's, delta_radius is
-    its own."""
-    problem, ahead = list(problem), []
-    problem[2 if module is lpt else 6] = order
-    if module is il:
-        ahead = [tests.stage_gradients(*problem[:3])]
-    elif module is lease:
-        problem[4] = problem[4] if gamma is None else gamma
-        ahead = tests.lease_ahead(problem[0], problem[1], problem[3], *problem[5:])
-
-    outer = lpt.outer_gradients if module is lpt else module.outer_gradient
-    radii = [radius, delta_radius] if module is lease else [radius]
-    return vector(outer(*problem, *ahead, *radii)[0])
-
-
-def worth(values, alphas, parts, count, seed):
-    """Yield (part, row, column, number): how well gradients predict the objectives that values()
-    returns, one per part, where A moves.
-
-    parts: name -> {column: gradient}. R2 and correlation are over `count` random directions; what
-    the kinks add, the same to all of them where it is the start's, lowers R2 alone. Rounding: the
-    largest change where A moves by 1e-5, which should be nothing. Leaves A as it is.
-    """
-    start, base = vector(alphas), values()
-
-    def changes(move):
+    def change(move):
         nn.utils.vector_to_parameters(start + move, alphas)
-        return [(moved - before).item() for moved, before in zip(values(), base)]
+        return value() - base
 
-    generator = torch.Generator().manual_seed(seed)
-    directions = F.normalize(torch.randn(count, len(start), generator=generator))
-    rounding = torch.tensor([changes(1e-5 * d) for d in directions[:3]]).abs().amax(0)
-    for part, value in zip(parts, rounding.tolist()):
-        yield part, "rounding", "exact", value
+    directions = F.normalize(torch.randn(count, len(start),
+                                         generator=torch.Generator().manual_seed(seed)))
+    yield "rounding", "exact", max(abs(change(1e-5 * d)) for d in directions[:3])
     for length in MOVES:
-        true = torch.tensor([changes(length * d) for d in directions])
-        for (part, gradients), t in zip(parts.items(), true.T):
-            for column, g in gradients.items():
-                predicted = length * directions @ g
-                missed = (t - predicted).square().sum() / (t - t.mean()).square().sum()
-                yield part, f"R2, moves of {length:g}", column, 1 - missed.item()
-                correlation = torch.corrcoef(torch.stack([t, predicted]))[0, 1].item()
-                yield part, f"correlation, moves of {length:g}", column, correlation
-    for i, (part, gradients) in enumerate(parts.items()):
+        true = torch.tensor([change(length * d) for d in directions])
         for column, g in gradients.items():
-            yield part, f"descent of {length:g}: promised", column, -length * g.norm().item()
-            yield part, "true", column, changes(-length * F.normalize(g, dim=0))[i]
-            yield part, "norm of the gradient", column, g.norm().item()
-            yield part, "its cosine with exact", column, cosine([g], [gradients["exact"]])
+            missed = (true - length * directions @ g).square().mean() / true.var(correction=0)
+            yield f"R2, moves of {length:g}", column, 1 - missed.item()
+            yield f"promised by a move of {length:g}", column, -length * g.norm().item()
+            yield f"true by {length:g}", column, change(-length * F.normalize(g, dim=0))
     nn.utils.vector_to_parameters(start, alphas)
 
 
-def plain_case(module, problem):
-    """Return what worth takes, of LPT and IL."""
-    stages, validation, (alphas, *_) = module.formulation(*problem)
-    exact = lpt.exact_gradients if module is lpt else il.exact_gradient
-    gradients = {"order 1": by_difference(module, problem, order=1),
-                 "exact": vector(exact(*problem)[0]),
-                 **{f"{r:g}": by_difference(module, problem, r) for r in (0.01, 0.1, 1)}}
-    if module is lpt:                    # the tester learns the same wherever A is: once is enough
-        tester = []
-        ops.skillearn(stages, lambda learned: [tester.append(learned["tester"])], [], exact=False)
-        testee, validate = stages[0], validation
-        stages, validation = [testee], lambda learned: validate(learned | {"tester": tester[0]})
-    return lambda: ops.skillearn(stages, validation, [], exact=False)[0][:1], alphas, {
-        "objective": gradients}
+def ways(module, m, batches, args):
+    """Return a method's objective as a function of A as it is; A's gradient by several ways; rows
+    as worth's, of LeaSE: the audience's part (what gamma adds) over the explainer's, in length."""
+    columns = {"order 1": {"order": 1}, "exact": {"gradient": "exact"}} | (
+        {f"of delta {radius:g}": {"delta_radius": radius} for radius in (0.01, 1, 10)}
+        if module is lease else {f"{radius:g}": {"radius": radius} for radius in (0.01, 0.1, 1)})
+
+    def value():
+        J = module.objective(m, batches, args)
+        return (J[0] if module is lpt else J).item()
+
+    def gradients(**more):
+        return {name: outer_gradient(module, m, batches, args, **changes, **more)[0]
+                for name, changes in columns.items()}
+
+    whole, own = gradients(), gradients(gamma=0.0) if module is lease else {}
+    return value, whole, [("the audience's share", name, ((whole[name] - g).norm() / g.norm()
+                                                          ).item()) for name, g in own.items()]
 
 
-def lease_case(problem):
-    """Return what worth takes, of LeaSE: its objective, and the audience's part of it alone."""
-    m, _, (x, y), _, gamma, *_ = problem
-    (explainer, *others), validation, (alphas,) = lease.formulation(*problem)
-    sizes = lease.step_sizes
-
-    def own(learned):
-        return [F.cross_entropy(ops.call(m.explainer, learned["explainer"], x, m.alphas), y)]
-
-    def values():
-        def both(learned):
-            (J,), (mine,) = validation(learned), own(learned)
-            return [J, J - mine, mine]
-        return ops.skillearn([explainer, *others], both, [], exact=False)[0]
-
-    whole = {"order 1": by_difference(lease, problem, order=1),
-             "exact": vector(lease.exact_gradient(*problem)[0])}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease, "step_sizes", lambda g: sizes(g).detach())
-        whole["exact, xi held"] = vector(lease.exact_gradient(*problem)[0])
-    exact = vector(ops.skillearn([explainer], own, [alphas])[1])
-    without = {"exact": exact, "exact, xi held": exact,
-               "order 1": by_difference(lease, problem, order=1, gamma=0.0)}
-    whole["0.01"] = by_difference(lease, problem)
-    without["0.01"] = by_difference(lease, problem, gamma=0.0)
-    for total in (1, 10):
-        whole[f"0.01, of delta {total}"] = by_difference(lease, problem, delta_radius=total)
-    heard = {column: g - without.get(column, without["0.01"]) for column, g in whole.items()}
-    return values, alphas, {"objective": whole, "the audience's part": heard,
-                            "the explainer's part": {"exact": exact}}
-
-
-def at_steps(module, argv, moments, batches, measure, end):
-    """Run a reduced search; in each of so many steps from every moment on call measure(step, the
-    problem of A's gradient), after the last of them end(moment)."""
-    function = "outer_gradients" if module is lpt else "outer_gradient"
-    real, step = getattr(module, function), itertools.count()
-
-    def watched(*args):
-        now = next(step)
-        when = next((w for w in moments if w <= now < w + batches), None)
-        if when is not None:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(module, function, real)
-                measure(now, list(copy.deepcopy(args[:7])))
-            if now == when + batches - 1:
-                end(when)
-            if now == moments[-1] + batches - 1:
-                raise Enough
-        return real(*args)
-
-    with contextlib.suppress(Enough):
-        reduced_search(module, [*argv, "--epochs", "20"], (module, function, watched))
-
-
-def study_worth(folders, count=12, batches=5, *moments):
+def study_worth(tasks, count=12, number=5, *moments):
     """Print what gradients of A are worth to a search: R2 of the change that they predict where A
-    moves in random directions, and how far it falls along minus themselves; mean and deviation over
-    consecutive steps' batches, after so many steps of a reduced search. All in its float32."""
-    tasks = data_sets(folders)
-    moments, one = moments or (0, 50, 200), ["--dataset", tasks[0]]
-    for name, module, argv in (("LPT", lpt, one), ("LeaSE", lease, [*one, *ONE_RADIUS]),
-                               ("IL", il, ["--tasks", *tasks])):
-        found = {}
-
-        def measure(now, problem):
-            for scale in (0.01, 0.3) if module is lease else ("",):
-                at = list(problem)
-                if scale:
-                    at[3] = at[3] * scale / 0.01
-                case = lease_case(at) if scale else plain_case(module, at)
-                for part, row, column, value in worth(*case, count, now):
-                    title = f"{part}{scale and f', start {scale}'}"
-                    rows = found.setdefault(title, {}).setdefault(row, {})
-                    rows.setdefault(column, []).append(value)
-
-        def end(when):
-            print_worth(f"{name} after {when} steps", found)
-            found.clear()
-
-        at_steps(module, argv, moments, batches, measure, end)
-
-
-def study_starts(folders, count=4, batches=5, *moments):
-    """Print whether LeaSE's gradient from some starts of delta descends the objective at others:
-    its change by a move of 0.09 along minus the gradient of one start, of so many, and of the
-    explainer's part alone, at the starts that it was taken at and at as many fresh ones; the cosine
-    of two starts' gradients. At the defaults, but A learns from the first step."""
-    found, (defaults, _) = {}, lease.get_args([])
-
-    def note(row, column, value):
-        found.setdefault(row, {}).setdefault(column, []).append(value)
-
-    def measure(now, problem):
-        deltas = [lease.random_delta(problem[3].shape, defaults.delta_scale, problem[3].device,
-                                     now, i) for i in range(2 * count)]
-        alphas = problem[0].alphas
-        start = vector(alphas)
-
-        def at(delta):
-            return [*problem[:3], delta, *problem[4:]]
-
-        def objective(deltas):
-            return statistics.mean(ops.skillearn(*lease.formulation(*at(delta)), exact=False)[0][0]
-                                   .item() for delta in deltas)
-
-        ways = {"the explainer's part": (by_difference(lease, at(deltas[0]), gamma=0.0), count)}
-        for name, gradient in (("exact", lambda delta: vector(lease.exact_gradient(*at(delta))[0])),
-                               ("difference", lambda delta: by_difference(
-                                   lease, at(delta), delta_radius=defaults.delta_radius))):
-            each = [gradient(delta) for delta in deltas[:count]]
-            ways |= {f"{name}, one start": (each[0], 1),
-                     f"{name}, mean of {count}": (sum(each) / count, count)}
-            note("cosine of two starts", f"{name}, one start", cosine([each[0]], [each[1]]))
-        for column, (g, starts) in ways.items():
-            own, fresh = deltas[:starts], deltas[count:]
-            before = objective(own), objective(fresh)
-            nn.utils.vector_to_parameters(start - MOVES[1] * F.normalize(g, dim=0), alphas)
-            note("promised", column, -MOVES[1] * g.norm().item())
-            note("at its starts", column, objective(own) - before[0])
-            note("at fresh ones", column, objective(fresh) - before[1])
-            nn.utils.vector_to_parameters(start, alphas)
-
-    def end(when):
-        print_worth(f"LeaSE after {when} steps", {"objective": found})
-        found.clear()
-
-    at_steps(lease, ["--dataset", data_sets(folders)[0], "--warm-up", "0"], moments or (0, 50, 200),
-             batches, measure, end)
-
-
-def print_worth(title, found):
-    """Print a table for each part of an objective."""
-    for part, rows in found.items():
-        columns = max(rows.values(), key=len)
-        sys.stdout.write(f"| {title}: {part} | " + " | ".join(columns) + " |\n"
-                         + "|" + "---|" * (len(columns) + 1) + "\n")
-        for row, cells in rows.items():
-            sys.stdout.write(f"| {row} | " + " | ".join(
-                spread(cells[column]) if column in cells else "" for column in columns) + " |\n")
-        sys.stdout.write("\n")
-    sys.stdout.flush()
-
-
-def count_calls():
-    """Print the operator calls of a first step at the defaults' sizes, and how often its host waits
-    for the device, as a Markdown table."""
-    size = ["--image-size", 32, "--epochs", 1]
-    search = [*size, "--layers", 8, "--channels", 16, "--batch-size", 64, "--warm-up", 0]
-    one, many = ["--dataset", "synthetic:10"], ["--tasks", "synthetic:10", "synthetic:5"]
-    synthetic = ops.synthetic
-
-    def few(*args, **kw):
-        """Images for one step."""
-        data = synthetic(*args, **kw)
-        data.images, data.labels = data.images[:128], data.labels[:128]
-        return data
-
-    print("| a step of | calls | waits |\n|---|---|---|", flush=True)
+    moves in random directions, and its fall along minus themselves; mean and deviation over
+    `number` consecutive steps, from each of the moments of a reduced search on."""
+    moments = moments or (0, 50, 200)
     for name, module, argv in (
-            ("lpt", lpt, [*one, *search]),
-            ("lpt --base pcdarts", lpt, [*one, *search, "--base", "pcdarts"]),
-            ("il, one task and round", il, [*many[:2], "--rounds", 1, *search]),
-            ("il", il, [*many, *search]),
-            ("lease", lease, [*one, *search]),
-            ("evaluate", evaluate, [*one, "--arch", "DARTS_V2", "--batch-size", 96, *size])):
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ops, "synthetic", few)
-            patch.setattr(ops.Run, "last_step", lambda run: False)     # which looks at A's step too
-            patch.setattr("builtins.print", lambda *args, **kw: None)
-            waits, calls = tests.steps_abroad(module, argv, Path(folder))[0]
-        print(f"| {name} | {calls} | {waits} |", flush=True)
+            ("LPT", lpt, ["--dataset", tasks[0]]), ("IL", il, ["--tasks", *tasks]),
+            ("LeaSE", lease, ["--dataset", tasks[0], "--warm-up", 0])):
+        found, steps = {}, itertools.count()
+
+        def look(*given):
+            now = next(steps)
+            if now == moments[-1] + number:
+                raise StopIteration
+            for when in (w for w in moments if w <= now < w + number):
+                given = copy.deepcopy(given)
+                value, gradients, more = ways(module, *given)
+                rows = found.setdefault(f"{name} after {when} steps", {})
+                for row, column, figure in (
+                        *worth(value, given[0].alphas, gradients, count, now), *more):
+                    rows.setdefault(row, {}).setdefault(column, []).append(figure)
+
+        with contextlib.suppress(StopIteration):
+            reduced_search(module, [*argv, "--epochs", 20], look)
+        for title, rows in found.items():
+            columns = max(rows.values(), key=len)
+            table_row(title, *columns, head=True)
+            for row, cells in rows.items():
+                table_row(row, *(spread(cells[c]) if c in cells else "" for c in columns))
 
 
-LABELS = [["--ablation", "1"], *(["--lambda", lam] for lam in ("0", "0.1", "0.5", "1", "2", "5"))]
-
-
-def labels_auc(f, rows, wrong):
-    """Return how often a rightly labelled image weighs more than a wrongly labelled one; f: of the
-    images `rows`, wrong: of all."""
-    bad = wrong[torch.as_tensor(rows)]
-    return tests.auc(f[bad], f[~bad])
-
-
-def study_labels(folders, seeds, settings=LABELS, epochs=2):
-    """Print whether LPT weighs wrongly labelled images less than the others: AUC (1: all of them
-    less, 0.5: no telling, 0: all more) after every epoch of a search."""
-    dataset = data_sets(folders)[0]
-    shares = ["--subsets", "0.2", "0.2"] if folders else []
-    load, picture, found, wrong = ops.load_images, lpt.tests, [], {}
-
-    def planted(*args, **kw):
-        """The images with the truth about their labels; in real ones every tenth is replaced."""
-        data = load(*args, **kw)
-        n, classes, rng = len(data.labels), len(data.classes), np.random.default_rng(7)
-        if folders:
-            true = data.labels.clone()
-            rows = torch.from_numpy(rng.choice(n, n // 10, False))
-            data.labels[rows] += torch.from_numpy(rng.integers(1, classes, n // 10))
-            data.labels %= classes
-        else:
-            true = tests.synthetic_truth(classes, 16)
-        wrong["rows"] = data.labels != true
-        return data
-
-    def watched(data, rows, f):
-        found.append(labels_auc(f, rows, wrong["rows"]))
-        return picture(data, rows, f)
-
-    print(f"{dataset}, {seeds} seeds: AUC after each epoch\n\n| |"
-          + "".join(f" {epoch + 1} |" for epoch in range(epochs)) + "\n|" + "---|" * (epochs + 1),
-          flush=True)
-    for setting in settings:
-        found.clear()
-        for seed in range(1, seeds + 1):
-            reduced_search(lpt, ["--dataset", dataset, *shares, *setting, "--epochs", str(epochs),
-                                 "--seed", str(seed)],
-                           (ops, "load_images", planted), (lpt, "tests", watched))
-        by_epoch = [found[i::epochs] for i in range(epochs)]
-        cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if seeds > 1
-                                                else "") for v in by_epoch]
-        print(f"| {' '.join(setting)} | " + " | ".join(cells) + " |", flush=True)
-
-
-MECHANISMS = {
-    "LPT": (lpt, ["--dataset", "{0}"]),
-    "LPT, normalized": (lpt, ["--dataset", "{0}", "--created-test", "normalized"]),
-    "IL": (il, ["--tasks", "{0}", "{1}"]),
-    "JL": (il, ["--tasks", "{0}", "{1}", "--joint"]),
-    "LeaSE": (lease, ["--dataset", "{0}", *ONE_RADIUS]),
-    "LeaSE, gamma 0": (lease, ["--dataset", "{0}", *ONE_RADIUS, "--gamma", "0"]),
-    "LeaSE, magnitude": (lease, ["--dataset", "{0}", *ONE_RADIUS, "--weighting", "magnitude"])}
-
-
-def created_test_figures(m, batches, order, lam, gamma, ablation, created, *radius):
-    """Yield what LPT's created test is, at the weights; the arguments: outer_gradients'."""
-    w, ex = list(m.testee.parameters()), list(m.tester.parameters())
-    _, (x, y, _), _ = batches
-    _, R, f = lpt.validation_objective(m, w, ex, batches, 0.0, ablation)
-    loss = F.cross_entropy(ops.call(m.testee, w, x, m.alphas), y)
-    yield "R / mean loss", (R / loss).item()
-    yield "selection", f.mean().item()
-    # of stage II's loss: gamma times the created test alone (Eq. 26), and all of it (Eq. 7)
-    part, whole = (vector(ops.grad(lpt.tester_loss(
-        lambda x: ops.call(m.tester, ex, x), m.creator, batches, gamma, which, created), ex)).norm()
-        for which in (2, 0))
-    yield "share of stage II", (part / whole).item()
-
-
-def neighbour_figures(learners, *args):
-    """Yield how far IL's learners are from each other; the arguments: update_weights'."""
-    encoders = [vector(il.split(learner.weights)[0]) for learner in learners]
-    yield "distance", statistics.mean(((b - a).norm() / b.norm()).item()
-                                      for a, b in itertools.pairwise(encoders))
-
-
-def study_mechanisms(folders, seeds, epochs=2):
-    """Print whether each mechanism does what its paper says, after each epoch of reduced searches
-    of order 1: mean and deviation over seeds.
-
-    LPT: R over the mean loss on the bank's batch (above 1: the test is harder than the bank), the
-    mean selection, the created test's share |gamma grad| / |grad| of stage II's gradient; on
-    synthetic images the AUC of f on right against wrong labels. IL: the mean of |W_l - W_(l-1)| /
-    |W_l| over neighbours. LeaSE, on synthetic images: the AUC of |delta'| inside against outside
-    the object, over eight images. All: the validation accuracies.
-    """
-    tasks, shares = data_sets(folders), ["--subsets", "0.2", "0.2"] if folders else []
-    where, end_epoch, explanations, pictured = (np.where, ops.end_epoch, lease.explanations,
-                                                lpt.tests)
-    watched = {lpt: ("outer_gradients", lpt.outer_gradients, created_test_figures),
-               il: ("update_weights", il.update_weights, neighbour_figures),
-               lease: ("outer_gradient", lease.outer_gradient, lambda *args: ())}
-    for name, (module, argv) in MECHANISMS.items():
-        if folders and module is lease:                            # whose objects nobody knows
-            continue
-        found, masks, last = {}, [], []
-        function, real, figures_of = watched[module]
-
-        def note(key, value):
-            found.setdefault(key, []).append(value)
-
-        def remembering(*args):
-            last[:] = args
-            return real(*args)
+def study_mechanisms(tasks, seeds, epochs=2):
+    """Print what each method does after each epoch of reduced searches of order 1: figures_of, the
+    accuracies; on synthetic images the AUC of LPT's f on right over wrong labels and of LeaSE's
+    |delta'| inside over outside the object. Mean and deviation over seeds."""
+    made_up, where, drawn = tasks[0].startswith("synthetic"), np.where, {
+        lpt: lpt.tests, lease: lease.explanations}
+    table_row("after epoch", *range(1, epochs + 1), head=True)
+    for name, module, argv in (
+            ("LPT", lpt, "--dataset {0}"), ("IL", il, "--tasks {0} {1}"),
+            ("LPT, normalized", lpt, "--dataset {0} --created-test normalized"),
+            ("JL", il, "--tasks {0} {1} --joint"), ("LeaSE", lease, "--dataset {0}"),
+            ("LeaSE, gamma 0", lease, "--dataset {0} --gamma 0"),
+            ("LeaSE, magnitude", lease, "--dataset {0} --weighting magnitude")):
+        masks, areas, found = [], [], []
 
         def seeing_masks(condition, *args):
-            if condition.ndim == 4:                                # synthetic's objects
-                masks.append(condition[:, 0])
+            masks.extend([condition] * (condition.ndim == 4))      # synthetic's objects
             return where(condition, *args)
 
-        def seeing_explanations(data, rows, explanation):
-            inside = torch.from_numpy(masks[0][np.asarray(rows)])  # of the training images
-            heat = explanation.abs().mean(1)
-            note("AUC", statistics.mean(tests.auc(h[~i], h[i]) for h, i in zip(heat, inside)))
-            return explanations(data, rows, explanation)
+        def seeing(data, rows, seen):
+            if made_up:
+                right = data.labels == tests.synthetic_truth(len(data.classes), 16)
+                areas.append(statistics.mean(tests.auc(s[~r], s[r]) for s, r in (
+                    [(seen, right[rows])] if module is lpt else
+                    zip(seen.abs().mean(1), torch.from_numpy(masks[0][rows, 0])))))
+            return drawn[module](data, rows, seen)
 
-        def seeing_weights(data, rows, f):
-            if not folders:
-                wrong = data.labels != tests.synthetic_truth(len(data.classes), 16)
-                note("AUC of right labels", labels_auc(f, rows, wrong))
-            return pictured(data, rows, f)
-
-        def ending(run, alphas, **figures):
-            for key, value in [*figures_of(*last), *figures.items()]:
-                note(key, value)
-            end_epoch(run, alphas, **figures)
-
+        argv = [*argv.format(*tasks).split(), *["--subsets", 0.2, 0.2] * (not made_up),
+                "--base", "darts-1st", "--warm-up", 0, "--epochs", epochs]
         for seed in range(1, seeds + 1):
-            masks.clear()
-            reduced_search(module, [word.format(*tasks) for word in argv] + [
-                *shares, "--base", "darts-1st", "--epochs", str(epochs), "--seed", str(seed)],
-                (module, function, remembering), (ops, "end_epoch", ending),
-                (np, "where", seeing_masks), (lease, "explanations", seeing_explanations),
-                (lpt, "tests", seeing_weights))
-        for key, values in found.items():
-            print(f"| {name}: {key} | " + " | ".join(
-                spread(values[epoch::epochs]) for epoch in range(epochs)) + " |", flush=True)
+            found += reduced_search(
+                module, [*argv, "--seed", seed], nothing, (np, "where", seeing_masks),
+                (lease, "explanations", seeing), (lpt, "tests", seeing))
+        figures = {key: [each[key] for each in found] for key in found[0]}
+        for key, values in (figures | ({"AUC": areas} if areas else {})).items():
+            table_row(f"{name}: {key}", *(spread(values[i::epochs]) for i in range(epochs)))
 
 
-# ------------------------------------------------------------------------------------- the curves
-
-
-def curves_svg(folder):
-    """Return the test errors of LPT's cells over lambda and over gamma (Skillearn Figures 4 and 5)
-    as an SVG, mean and standard deviation over seeds, beside those of random cells, from the
-    results of evaluate.py below a folder."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.rglob("result.json"))]
-    panels = {}
-
-    def summed_up(errors):
-        return statistics.mean(errors), statistics.stdev(errors)
-
-    random = summed_up([r["test_error"] for r in results if r["cell"] == "random"])
-    for title, name, other in (("λ", "lam", "gamma"), ("γ", "gamma", "lam")):
-        errors = {}
-        for r in results:
-            if r["cell"] == "LPT-R18-DARTS-2nd" and r["search"][other] == 1:
-                errors.setdefault(r["search"][name], []).append(r["test_error"])
-        panels[title] = [(value, *summed_up(e)) for value, e in sorted(errors.items())]
-    groups = [random, *(point[1:] for panel in panels.values() for point in panel)]
-    low = min(mean - deviation for mean, deviation in groups)
-    high = max(mean + deviation for mean, deviation in groups)
-    parts, height, width = [], 150, 300
-
-    def at(error):
-        return 70 + height * (high - error) / (high - low)
-
-    for i, (title, panel) in enumerate(panels.items()):
-        x0, end = 64 + 390 * i, math.log(panel[-1][0] / panel[0][0])
-        mean, deviation = random
-        parts.append(
-            f'<text x="{x0 - 44}" y="32" class="h">test error, %, over {title}</text>'
-            f'<rect x="{x0}" y="{at(mean + deviation):.1f}" width="{width}" opacity="0.25" '
-            f'height="{at(mean - deviation) - at(mean + deviation):.1f}" class="d"/>'
-            f'<path d="M{x0} {at(high)}V{at(low)}H{x0 + width}" class="w"/>'
-            f'<text x="{x0 - 8}" y="{at(high) + 5}" class="t">{high:.1f}</text>'
-            f'<text x="{x0 - 8}" y="{at(low)}" class="t">{low:.1f}</text>')
-        points = []
-        for value, mean, deviation in panel:
-            x = x0 + 20 + (width - 40) * math.log(value / panel[0][0]) / end
-            points.append(f"{x:.1f},{at(mean):.1f}")
-            parts.append(
-                f'<g class="o" stroke="{genotypes.HUES[0]}" fill="{genotypes.HUES[0]}">'
-                f'<path d="M{x:.1f} {at(mean - deviation):.1f}V{at(mean + deviation):.1f}" '
-                f'stroke-width="2"/><circle cx="{x:.1f}" cy="{at(mean):.1f}" r="4"/></g>'
-                f'<text x="{x + 9:.1f}" y="{at(low) + 20}" class="t">{value:g}</text>')
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" class="o" '
-                     f'stroke="{genotypes.HUES[0]}" stroke-width="1.5"/>')
-    return genotypes.svg("grey: random cells", "".join(parts), 800, 260)
-
-
-# --------------------------------------------------------------------------------------- the soak
+def study_coupling(tasks, seeds, batch=20, epochs=1):
+    """Print what IL's lambda does in 50 steps of reduced searches of order 1, beside JL: figures_of
+    and the accuracies; mean and deviation over seeds. batch: of 1,000 synthetic images."""
+    batch = 50 if tasks[0].startswith("folder:") else batch
+    for setting in (*(f"--coupling {lam}" for lam in (0, 0.1, 1, 10, 100)), "--joint"):
+        argv = ["--tasks", *tasks, "--batch-size", batch, "--base", "darts-1st", "--epochs", epochs]
+        found = [figures for seed in range(1, seeds + 1) for figures in reduced_search(
+            il, [*argv, *setting.split(), "--seed", seed])]
+        if setting == "--coupling 0":
+            table_row("", *found[0], head=True)
+        table_row(setting, *(spread([each[key] for each in found]) for key in found[0]))
 
 
 def soak(count):
@@ -875,73 +606,44 @@ def soak(count):
             print(found, flush=True)
     tests.make_small()
     with tempfile.TemporaryDirectory() as folder:
-        assert tests.run_script(evaluate, *tests.TINY, "--arch", "random:1", "--epochs", 1, "--out",
-                                f"{folder}/run") == 0
-        (Path(folder) / "run" / "checkpoint.previous.pt").unlink()
-        seen = tests.damages_seen(Path(folder) / "run" / "checkpoint.pt", 1000)
-        print(seen, "damages seen of 2000")
+        path, argv = Path(folder) / "run", [*tests.TINY, "--arch", "random:1", "--epochs", 1]
+        assert tests.run_script(evaluate, *argv, "--out", path) == 0
+        print(tests.damages_seen(path / "checkpoint.pt", 1000), "damages seen of 2000")
         for job in tests.RUNS:
-            pages = tests.growth(job, Path(folder), lambda: int(
-                Path("/proc/self/statm").read_text().split()[1]), (20, 200), 10)
+            pages = tests.growth(job, Path(folder), lambda: resident("VmRSS"), (20, 200), 10)
             print(f"{job}: resident memory at step 200 / step 20 = {pages[1] / pages[0]:.4f}")
 
 
-def get_args():
-    parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
-    add = parser.add_argument
-    add("--bench", action="store_true", help="print the tables of speed, memory and precision")
-    add("--worth", type=int, nargs="*", metavar="N",
-        help="how well gradients of A predict the objective in a search, and descend it: random "
-             "directions, batches, then steps of the search (12 5 0 50 200)")
-    add("--starts", type=int, nargs="*", metavar="N",
-        help="whether LeaSE's gradient from one start of delta descends at others: starts, "
-             "batches, then steps of the search (4 5 0 50 200)")
-    add("--calls", action="store_true", help="print the operator calls of a step at the defaults")
-    add("--labels", type=int, metavar="SEEDS",
-        help="how LPT's tester weighs wrong labels, for several lambda")
-    add("--mechanisms", type=int, metavar="SEEDS",
-        help="whether LPT's test is hard, IL's learners stay close, LeaSE marks the object")
-    add("--curves", type=Path, metavar="RUNS",
-        help="print LPT's test errors over lambda and gamma as an SVG, from a folder's results")
-    add("--soak", type=int, nargs="?", const=150, metavar="KILLS",
-        help="kill each script so many times (150), then damage checkpoints")
-    add("--device", type=torch.device, default="cpu", help="cpu or cuda, for --bench")
-    add("--peers", type=Path,
-        help="a folder with checkouts of quark0/darts and Focusjd/LPT-COVIDx, as darts and "
-             "LPT-COVIDx, to time beside us")
-    add("--data", type=Path, nargs="+", default=[],
-        help="ImageFolder trees of 32-pixel images; IL takes all, others the first")
-    add("--memory-of", metavar="STEP", help="the MiB that one step of --bench adds: 'LPT: ours'")
-    args = parser.parse_args()
-    chosen = args.worth is not None or args.starts is not None
-    if not (args.bench or chosen or args.calls or args.labels or args.mechanisms or args.curves
-            or args.soak or args.memory_of):
-        parser.error("say what to measure; the tests are python -m pytest test_smoke.py")
-    return args
-
-
 def main():
-    args = get_args()
-    if args.memory_of:
-        print(memory_here(args.memory_of, args.device, args.peers))
-    if args.bench:
-        bench_speed(args.device, args.peers)
-        bench_floor(args.device)
-        bench_precision(args.data and args.data[0], args.device)
-    if args.worth is not None:
-        study_worth(args.data, *args.worth)
-    if args.starts is not None:
-        study_starts(args.data, *args.starts)
-    if args.calls:
-        count_calls()
-    if args.labels:
-        study_labels(args.data, args.labels)
-    if args.mechanisms:
-        study_mechanisms(args.data, args.mechanisms)
-    if args.curves:
-        print(curves_svg(args.curves))
-    if args.soak:
-        soak(args.soak)
+    parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
+    add, seeds = parser.add_argument, dict(metavar="SEEDS", type=int)
+    add("--checks", nargs="?", const="", metavar="WORDS", help="run scripts (those) on a device")
+    add("--bench", action="store_true", help="time, memory, calls and kernels of a step of each "
+        "method, beside the per-edge supernet, the peers, and what the device's rates allow")
+    add("--calls", action="store_true", help="the operator calls of a step at the defaults")
+    add("--worth", type=int, nargs="*", metavar="N", help="how well gradients of A predict the "
+        "objective and descend it: random directions, batches, steps before (12 5 0 50 200)")
+    add("--mechanisms", **seeds, help="LPT's test, IL's encoders, what LeaSE marks, in searches")
+    add("--il-coupling", **seeds, help="IL's mechanism for several lambda, beside JL")
+    add("--soak", type=int, nargs="?", const=150, metavar="KILLS", help="kill runs, damage files")
+    add("--device", type=torch.device, default="cpu", help="cpu or cuda, of --checks and --bench")
+    add("--batch", type=int, help="of --bench; else 16, on a GPU 64 and of evaluate.py 96")
+    add("--peers", type=Path, help="of --bench: the folder of checkouts darts and LPT-COVIDx")
+    add("--data", type=Path, nargs="+", default=[], help="of studies: folders of images; IL: two")
+    add("--figures-of", help=argparse.SUPPRESS)                    # what bench starts
+    args = parser.parse_args()
+    where = args.device, args.batch, args.peers
+    tasks = [f"folder:{each}" for each in args.data] or ["synthetic:10", "synthetic:5"]
+    for chosen, measure, *given in (
+            (args.figures_of, figures_here, args.figures_of, *where), (args.bench, bench, *where),
+            (args.checks is not None, check, args.device, args.checks), (args.calls, count_calls),
+            (args.worth is not None, study_worth, tasks, *(args.worth or [])),
+            (args.mechanisms, study_mechanisms, tasks, args.mechanisms),
+            (args.il_coupling, study_coupling, tasks, args.il_coupling),
+            (args.soak, soak, args.soak)):
+        if chosen:
+            return measure(*given)
+    parser.error("say what to measure; the tests are python -m pytest test_smoke.py")
 
 
 if __name__ == "__main__":
