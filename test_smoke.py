@@ -2369,7 +2369,7 @@ def test_search_then_evaluation(module, extra, picture, tmp_path, monkeypatch, c
     assert 0 <= result["test_error"] <= 100 and result["test_images"] == 100
     assert result["genotype"] == line["genotype"] and result["search_days"] == pytest.approx(
         line["seconds"] / 86400) and result["found_in"] == about["data"]
-    assert result["cell"].split(",")[0] == genotypes.row(module.__name__, about["args"], {})
+    assert result["cell"].startswith(genotypes.row(module.__name__, about["args"], {}) + ", ")
     assert {"layers", "epochs"} <= result["changed"].keys() and "seed" not in result["changed"]
 
 
