@@ -31,6 +31,7 @@ import copy
 import errno
 import functools
 import gc
+import http.client
 import importlib
 import inspect
 import itertools
@@ -1983,6 +1984,39 @@ def test_images_of_every_mode(tmp_path):
         make(rgb[:, :6]), (3, 2)).size == (2, 3)
 
 
+@pytest.mark.parametrize("error", [
+    struct.error("unpack"), KeyError("fourcc"), NotImplementedError("pixel format"),
+    SyntaxError("broken"), IndexError("index")], ids=lambda e: type(e).__name__)
+def test_a_decoder_that_fails_names_the_file(error, tmp_path, monkeypatch):
+    """As Pillow's of AVIF, DDS and others do, each in its own way."""
+    root = write_folder(tmp_path)
+
+    def fail(image):
+        raise error
+
+    monkeypatch.setattr(ops, "as_rgb", fail)
+    with pytest.raises(ops.BadInput, match="cannot read the image .*cat.0.png"):
+        images("folder", root)
+
+
+def test_images_that_cannot_be_had_end_in_a_line(tmp_path, monkeypatch):
+    """Too many for the memory; a download that breaks off."""
+    def fail(*args, **kw):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    def broken(*args, **kw):
+        raise http.client.IncompleteRead(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "image_set", fail)
+        with pytest.raises(ops.BadInput, match="lower --image-size, or .* --dataset imagenet"):
+            images("folder", write_folder(tmp_path / "a"))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", broken)
+    broken.filename = "cifar-10-python.tar.gz"
+    with pytest.raises(ops.BadInput, match="put cifar-10-python.tar.gz there"):
+        images("cifar10", tmp_path)
+
+
 def test_no_flip(tmp_path):
     """The same crops, of which without --no-flip about half are mirrored."""
     data, rows = ops.synthetic(3, 8, "cpu"), np.arange(50)
@@ -2745,6 +2779,14 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path, capsys, monkeypatc
     assert "world_size" in capsys.readouterr().err
 
 
+def test_a_folder_of_any_name(tmp_path):
+    """Bytes that are no text; the home folder's sign."""
+    assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out",
+                      f"{tmp_path}/bad\udcff") == 0
+    args, _ = lpt.get_args(["--data=~/x", "--out", "~/y"])
+    assert args.data == Path.home() / "x" and args.out == Path.home() / "y"
+
+
 def test_resume_compares_content_not_paths(tmp_path, capsys):
     root, cell = write_folder(tmp_path / "a"), tmp_path / "cell.json"
     cell.write_text(genotypes.to_json(genotypes.random_cell(1)))
@@ -3156,6 +3198,12 @@ def test_devices_that_cannot_do_it_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
     with pytest.raises(ops.BadInput, match="emulates bfloat16"):
         ops.start(arguments(device="cuda", amp="bf16"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in "01":                                              # every process says so
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(ops.BadInput, match="--nproc-per-node: at most 1"):
+            ops.start(arguments(device="cuda"))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ops.BadInput, match="--device mps"):
