@@ -1953,6 +1953,9 @@ def test_folder_of_images(tmp_path, capsys):
         capsys.readouterr().out)                                   # a search does not need them
     write_folder(tmp_path / "b", parts=("test",))                  # test/ has them
     assert images("folder", mixed, 16, classes=["cat", "dog"]).images.shape == (24, 3, 16, 16)
+    shutil.rmtree(root / "train" / "dog")                          # no error of 0% on one class
+    with pytest.raises(ops.BadInput, match="it has 1 class folder, cat; two are needed"):
+        images("folder", root)
 
 
 def test_images_of_every_mode(tmp_path):
