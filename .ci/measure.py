@@ -404,7 +404,8 @@ def check(device, only=""):
             begin, (function, *words) = time.time(), todo[name]
             try:
                 sign, said = "ok  ", function(*words)
-            except Exception as error:
+            except (AssertionError, RuntimeError, OSError, LookupError,
+                    subprocess.SubprocessError) as error:
                 sign, said = "FAIL", f"{type(error).__name__}: {error}"
             print(f"{sign} {time.time() - begin:4.0f} s  {name}: {said}", flush=True)
             return sign != "FAIL"
