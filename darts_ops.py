@@ -325,10 +325,11 @@ class MixedEdges(nn.Module):
         dilation = 2 if stride == 1 and not by_phase else 1       # at stride 2 it sees one phase
         r_dilated = phases(r) if by_phase else r[:, :, ::stride, ::stride]
         direct = torch.full_like(column[0], self.knobs.auxiliary)        # the weight of x itself
+        ops = dict(self.ops.items())                              # a skip of stride 1 has none
 
         separable, dilated, skips, maps = [], [], [], []
         for name, edges in self.kept.items():
-            i, n, op = PRIMITIVES.index(name), len(edges), dict(self.ops.items()).get(name)
+            i, n, op = PRIMITIVES.index(name), len(edges), ops.get(name)
             weight = self.on_kept(per_channel[i], edges)
             if name.startswith("sep_conv"):
                 once = F.relu_(op[0](copies(r, n)))
