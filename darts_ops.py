@@ -10,6 +10,7 @@ each base's paper beside its line in BASES; the methods' equations are in their 
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import http.client
@@ -594,6 +595,85 @@ def autocast(device, on: bool):
     """Compute in bfloat16 where torch finds it safe. Nothing is cached between passes, as they are
     made at several weights."""
     return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+
+# ------------------------------------------------------------------------------------ CUDA graphs
+# A step launches thousands of small kernels, and a GPU waits for each. With --graphs a pass's
+# kernels are recorded once and replayed together.
+
+
+def leaves(value):
+    """Yield what lists, tuples, dictionaries and dataclasses hold, however nested."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for each in value:
+        yield from leaves(each)
+
+
+def numbers(m) -> list:
+    """Return the numbers that a pass of the learners m may read and that change in a run: each
+    optimizer's settings and its count of momenta, each network's mode, knobs and drop-path."""
+    read = ((part.param_groups, len(part.state)) if isinstance(part, torch.optim.Optimizer) else
+            vars(part) if isinstance(part, nn.Module) else None for part in leaves(m))
+    return [number for number in leaves(list(read)) if isinstance(number, (int, float))]
+
+
+def graphed(function):
+    """Make function(m, batches, args, ...) of learners m a CUDA graph if args.graphs is set.
+
+    A replay repeats the recorded kernels, with the numbers that they were given, in the memory that
+    they used. So a pass is recorded at its second call with the same numbers(m), when all momenta
+    exist; tensors among the arguments are copied into those of the recording; whatever m holds must
+    stay where it is. Each call overwrites the result of the one before.
+    """
+    @functools.wraps(function)
+    def call(m, batches, args, *more):
+        if not args.graphs:
+            return function(m, batches, args, *more)
+        graphs = vars(m).setdefault("graphs", {})                 # function -> numbers, recording
+        given = [t for t in leaves((batches, more)) if torch.is_tensor(t)]
+        now = numbers(m), [t.shape for t in given]
+        if graphs.get(function, [None])[0] != now:
+            graphs[function] = [now]                              # without the former recording
+            return function(m, batches, args, *more)
+        if len(graphs[function]) == 1:
+            graph = torch.cuda.CUDAGraph()
+            pool = next((one.pool() for _, *made in graphs.values() for one in made[:1]), None)
+            try:
+                with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                    graphs[function] += [graph, given, function(m, batches, args, *more)]
+            except RuntimeError as error:
+                print(f"--graphs: {function.__name__} cannot be recorded; this run goes on without "
+                      f"it ({str(error).splitlines()[0]})", flush=True)
+                args.graphs = False
+                return function(m, batches, args, *more)
+        _, graph, recorded, result = graphs[function]
+        with torch.no_grad():
+            for old, new in zip(recorded, given):
+                if old is not new:
+                    old.copy_(new)
+        graph.replay()
+        return result
+    return call
+
+
+def refuse_graphs(args, device):
+    """Raise BadInput where --graphs does not work."""
+    for fits, why in (
+            (device.type == "cuda", "needs a GPU of NVIDIA"),
+            ("RANK" not in os.environ, "needs one process"),
+            (hasattr(args, "base") or torch.cuda.device_count() == 1,
+             "evaluate.py needs one GPU in sight, e.g. CUDA_VISIBLE_DEVICES=0"),
+            (getattr(args, "gradient", "") != "exact", "not with --gradient exact"),
+            (not any(getattr(args, "skip_dropout", ())), "not with --base pdarts, whose skip "
+             "dropout has a generator of its own")):
+        if not fits:
+            raise BadInput(f"--graphs: {why}")
 
 
 # ------------------------------------------------------------------------------------------ bases
@@ -1228,6 +1308,9 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--amp", choices=levels, default="off", help=amp)
     add("--tf32", action=flag, default=False, help="let NVIDIA's matrix units round to TF32")
+    add("--graphs", action=flag, default=False,
+        help="replay each pass of a step as a CUDA graph: the same figures, faster where a GPU "
+             "waits for its host; not run on a GPU yet")
     add("--deterministic", action=flag, default=False,
         help="use only algorithms that repeat their bits on a GPU too; slower")
     add("--out", type=path, default=None, help="run folder; else one in runs/")
@@ -1346,7 +1429,7 @@ def run_name(method: str, args, standard: dict) -> str:
     return name if len(name.encode()) < 200 else f"{name[:60]}-{zlib.crc32(name.encode()):x}"
 
 
-MAY_CHANGE = ("data", "workers", "checkpoint_minutes", "arch")    # with --resume
+MAY_CHANGE = ("data", "workers", "checkpoint_minutes", "arch", "graphs")     # with --resume
 
 
 def plain(args) -> dict:
@@ -1412,6 +1495,8 @@ def start(args) -> torch.device:
         torch.cuda.set_device(device)
     if name == "cuda" and args.amp != "off" and not torch.cuda.is_bf16_supported(False):
         raise BadInput(f"--amp {args.amp}: this GPU only emulates bfloat16")
+    if args.graphs:
+        refuse_graphs(args, device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:

@@ -16,6 +16,7 @@ DistributedDataParallel under torchrun; --batch-size is the whole batch in eithe
 import json
 import os
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +281,28 @@ def spread(values) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
+@dataclass
+class Learner:
+    """A network in training. model: itself, or the wrapper that spreads a batch over GPUs."""
+    network: Network
+    optimizer: torch.optim.SGD
+    model: nn.Module
+
+
+@ops.graphed
+def gradient(m: Learner, batch, args):
+    """Return the gradient of the loss by every weight, the loss without the auxiliary head's part,
+    and the accuracy, all on a batch."""
+    x, y, _ = batch
+    logits, auxiliary = m.model(x)
+    loss = total = cross_entropy(logits, y, args.label_smoothing)
+    if auxiliary is not None:
+        total = loss + args.auxiliary_weight * cross_entropy(auxiliary, y, args.label_smoothing)
+    total.backward()                                              # averaged by the wrapper
+    return ([w.grad for w in m.optimizer.param_groups[0]["params"]], loss.detach(),
+            (logits.argmax(1) == y).float().mean())
+
+
 def train(args, checkpoint):
     """Train a cell's network and test it once, after the last epoch: result.json."""
     genotype, imagenet = chosen_genotype(args, checkpoint), args.dataset == "imagenet"
@@ -306,8 +329,9 @@ def train(args, checkpoint):
             network, [device] if device.type == "cuda" else None)
     elif device.type == "cuda" and torch.cuda.device_count() > 1:
         model = nn.DataParallel(network)
-    weights = list(network.parameters())
-    optimizer = torch.optim.SGD(weights, args.lr, args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(network.parameters(), args.lr, args.momentum,
+                                weight_decay=args.weight_decay)
+    m = Learner(network, optimizer, model)
     run.load({"network": network, "optimizer": optimizer})
     params = count_params(network)
     print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
@@ -318,15 +342,9 @@ def train(args, checkpoint):
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         network.drop_path = args.drop_path * epoch / args.epochs
         for step in run.steps():
-            x, y, _ = stream(step)
-            logits, auxiliary = model(x)
-            loss = total = cross_entropy(logits, y, args.label_smoothing)
-            if auxiliary is not None:
-                total = loss + args.auxiliary_weight * cross_entropy(auxiliary, y,
-                                                                     args.label_smoothing)
-            total.backward()                                      # averaged by the wrapper
-            ops.descend(optimizer, [w.grad for w in weights], run.at("the network"), args.grad_clip)
-            run.log(train_loss=loss, train_accuracy=(logits.argmax(1) == y).float().mean())
+            grads, loss, accuracy = gradient(m, stream(step), args)
+            ops.descend(optimizer, grads, run.at("the network"), args.grad_clip)
+            run.log(train_loss=loss, train_accuracy=accuracy)
         run.end_epoch()
 
     with ops.evaluating(network):

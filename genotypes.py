@@ -188,7 +188,7 @@ def row(method: str, args: dict, changed: dict) -> str:
     differ from the paper's, which the name lists."""
     base = {"darts-": "DARTS-", "darts+": "DARTS+", "pcdarts": "PC-DARTS", "pdarts": "P-DARTS"}.get(
         args["base"], args["base"].replace("darts", "DARTS"))
-    named = {"base", "seed", "dataset", "tasks", "data", "workers", "checkpoint_minutes"}
+    named = {"base", "seed", "dataset", "tasks", "data", "workers", "checkpoint_minutes", "graphs"}
     if method == "lpt":
         named |= {"encoder", "ablation"}
         name = base if args["encoder"] == "none" else f"LPT-R{args['encoder'][6:]}-{base}"

@@ -181,6 +181,19 @@ def look_ahead(m: Learners, grads, args):
     return ahead
 
 
+@ops.graphed
+def train_gradients(m: Learners, batches, args):
+    """Return dL/d(W, H) of every stage on its training batch, and the losses."""
+    losses, grads = [], []
+    for stage, batch in zip(m.stages, batches[0]):
+        with ops.autocast(batch[0].device, args.amp != "off"):
+            loss = loss_of(stage.net, m.alphas, batch)
+        grads.append(grad(loss, stage.weights))
+        losses.append(loss.detach())
+    return grads, losses
+
+
+@ops.graphed
 def outer_gradient(m: Learners, batches, args, grads):
     """Return dJ/dA of objective, by finite differences, and J. Changes no state.
 
@@ -245,19 +258,14 @@ def update_weights(m: Learners, grads, args, at=str):
 def algorithm_3(m: Learners, batches, args, learns=True, at=str):
     """Take one iteration of Algorithm 3, A's step only if A learns. Returns its figures.
     at(learner): the text that names a learner in an error; str gives its name alone."""
-    (train, val), losses, grads, figures = batches, [], [], {}
-    device = train[0][0].device
+    (train, val), figures = batches, {}
 
     # 1. to 4. The gradients that the stages are about to follow
-    for stage, batch in zip(m.stages, train):
-        with ops.autocast(device, args.amp != "off"):
-            loss = loss_of(stage.net, m.alphas, batch)
-        grads.append(grad(loss, stage.weights))
-        losses.append(loss.detach())
+    grads, losses = train_gradients(m, batches, args)
 
     # 5. A's step, through the steps that the stages are about to take; then theirs
     if learns:
-        with ops.autocast(device, args.amp == "bf16-all"):
+        with ops.autocast(train[0][0].device, args.amp == "bf16-all"):
             g_alpha, J = outer_gradient(m, batches, args, grads)
         descend(m.alpha_opt, g_alpha, at("the architecture"))                     # IL Eq. 37
         figures = {"val_loss": J / len(val)}

@@ -191,6 +191,7 @@ class Ahead(NamedTuple):
     losses: dict
 
 
+@ops.graphed
 def look_ahead(m: Learners, batches, args):
     """Return Ahead. These are also the passes that train E and W: BatchNorm's statistics move."""
     train, _, delta = batches
@@ -203,9 +204,10 @@ def look_ahead(m: Learners, batches, args):
     loss_w = audience_loss(m.audience, explanation, train, args)
     grads_w = grad(loss_w, m.w)                                              # LeaSE Eq. 8
     return Ahead(e_virtual, explanation, xi_delta, grads_e, grads_w,
-                 {"train_loss": loss, "audience_loss": loss_w})
+                 {"train_loss": loss.detach(), "audience_loss": loss_w.detach()})
 
 
+@ops.graphed
 def outer_gradient(m: Learners, batches, args, ahead: Ahead):
     """Return dJ/dA of objective, by finite differences, J, and the length of the audience's direct
     part of dJ/dA over the explainer's (None if gamma is 0). Changes no state."""

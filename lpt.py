@@ -221,6 +221,7 @@ def objective(m: Learners, batches, args):
 # -------------------------------------------------------------------------------------- algorithm
 
 
+@ops.graphed
 def outer_gradient(m: Learners, batches, args):
     """Return dJ/dA and dJ/dC of objective, by finite differences, with R and f. Changes no state.
     With order 1 A's term through W' is left out (its xi = 0)."""
@@ -270,10 +271,28 @@ def outer_gradient(m: Learners, batches, args):
     return g_alpha, g_creator, R.detach(), f.detach()
 
 
+@ops.graphed
+def tester_gradient(m: Learners, batches, args):
+    """Return the gradients of E and X in stage II, and their loss."""
+    train, bank, _ = batches
+    with ops.autocast(train[0].device, args.amp != "off"):
+        loss = tester_loss(m.tester, m.creator, train, bank, args)
+    return grad(loss, m.ex), loss.detach()
+
+
+@ops.graphed
+def testee_gradient(m: Learners, batches, args):
+    """Return W's gradient in stage I, and its loss."""
+    train, _, _ = batches
+    with ops.autocast(train[0].device, args.amp != "off"):
+        loss = testee_loss(m.testee, m.alphas, train)
+    return grad(loss, m.w), loss.detach()
+
+
 def algorithm_2(m: Learners, batches, args, learns=True, at=str):
     """Take one iteration of Algorithm 2, A's and C's steps only if A learns. Returns its figures.
     at(learner): the text that names a learner in an error; str gives its name alone."""
-    (train, bank, _), device, figures = batches, batches[0][0].device, {}
+    device, figures = batches[0][0].device, {}
 
     # 1. and 2. A descends the objective, C ascends it
     if learns:
@@ -286,15 +305,12 @@ def algorithm_2(m: Learners, batches, args, learns=True, at=str):
 
     # 3. The tester's E and X
     if m.tester:
-        with ops.autocast(device, args.amp != "off"):
-            loss = tester_loss(m.tester, m.creator, train, bank, args)
-        descend(m.tester_opt, grad(loss, m.ex), at("the tester"))
-        figures["tester_loss"] = loss
+        g, figures["tester_loss"] = tester_gradient(m, batches, args)
+        descend(m.tester_opt, g, at("the tester"))
 
     # 4. The testee's W
-    with ops.autocast(device, args.amp != "off"):
-        loss = testee_loss(m.testee, m.alphas, train)
-    descend(m.testee_opt, grad(loss, m.w), at("the testee"), args.grad_clip)
+    g, loss = testee_gradient(m, batches, args)
+    descend(m.testee_opt, g, at("the testee"), args.grad_clip)
     return {"train_loss": loss, **figures}
 
 

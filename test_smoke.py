@@ -28,6 +28,7 @@ PC-DARTS Eq. 3                    test_decoding_with_edge_weights_by_hand
 import argparse
 import contextlib
 import copy
+import dataclasses
 import errno
 import functools
 import gc
@@ -53,6 +54,7 @@ import tempfile
 import threading
 import time
 import types
+import unittest.mock
 import warnings
 import xml.etree.ElementTree
 import zlib
@@ -66,7 +68,7 @@ import torch.nn.functional as F
 import torchvision
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 import darts_ops as ops
 import evaluate
@@ -2544,7 +2546,7 @@ def test_resume_auto_starts_and_goes_on(tmp_path, monkeypatch):
     argv = [*TINY, *FIRST, "--epochs", 2, "--resume", "auto"]
     assert run_script(lpt, *argv, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "write_checkpoint", lambda *args: signal.raise_signal(signal.SIGINT))
+        patch.setattr(ops, "write_checkpoint", unittest.mock.Mock(side_effect=KeyboardInterrupt))
         assert run_script(lpt, *argv, "--out", tmp_path / "cut") == 130
     interrupted(lpt, argv, tmp_path / "cut", monkeypatch, [2])
     assert run_script(lpt, *argv, "--out", tmp_path / "cut") == 0
@@ -3016,7 +3018,7 @@ def test_processes_name_the_broken_image_and_end_odd_epochs(tmp_path):
 
 def arguments(**changes):
     return argparse.Namespace(**dict(device="cpu", tf32=False, deterministic=False, amp="off",
-                                     resume="no", out=Path("nowhere")) | changes)
+                                     graphs=False, resume="no", out=Path("nowhere")) | changes)
 
 
 def test_all_processes_look_before_one_writes(tmp_path, monkeypatch):
@@ -3211,6 +3213,205 @@ def test_devices_that_cannot_do_it_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ops.BadInput, match="--device mps"):
         ops.start(arguments(device="mps"))
+
+
+class Recorder(TorchDispatchMode):
+    """Records operators as a CUDA graph does: with the numbers that they are given, in place; what
+    a graph cannot hold is an error. Recording leaves no trace: tensors are put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.made = [], {}, set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, op._schema.name.removeprefix("aten::")
+        if name in ("_local_scalar_dense", "nonzero", "equal", "lift_fresh"):      # host and device
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        for t in tree_leaves((args, kwargs)):
+            if torch.is_tensor(t) and storage(t) not in self.made:
+                self.before.setdefault(storage(t), (t, t.clone()))
+        out = op(*args, **kwargs)
+        given = {storage(t) for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        made = [t for t in tree_leaves(out) if torch.is_tensor(t) and storage(t) not in given]
+        self.made |= {storage(t) for t in made}
+        self.calls.append((op, *tree_map(lambda t: t.detach() if torch.is_tensor(t) else t,
+                                         (args, kwargs, out))))    # the memory, not the object
+        return out
+
+
+def storage(t):
+    return t.untyped_storage().data_ptr()
+
+
+class StandIn:
+    """torch.cuda.CUDAGraph on a CPU: a replay repeats the recorded operators on their tensors."""
+    made = []
+
+    def __init__(self):
+        self.calls, self.replays = [], 0
+        StandIn.made.append(self)
+
+    def pool(self):
+        return self
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for op, args, kwargs, out in self.calls:
+            given = {storage(t) for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+            for old, new in zip(tree_leaves(out), tree_leaves(op(*args, **kwargs))):
+                if torch.is_tensor(old) and storage(old) not in given:
+                    old.copy_(new)
+
+
+@contextlib.contextmanager
+def recording(graph, pool=None, capture_error_mode="global"):
+    """torch.cuda.graph for StandIn."""
+    assert pool is None or pool in StandIn.made and capture_error_mode == "thread_local"
+    seed, recorder = torch.get_rng_state(), Recorder()
+    try:
+        with recorder:
+            yield
+    finally:
+        torch.set_rng_state(seed)
+        with torch.no_grad():
+            for t, before in recorder.before.values():
+                t.copy_(before)
+    graph.calls = recorder.calls
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """--graphs on a CPU. Yields the graphs that were made."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(ops, "refuse_graphs", lambda *args: None)
+    monkeypatch.setattr(StandIn, "made", [])
+    return StandIn.made
+
+
+GRAPHED = {"lpt": (lpt, [*TINY, *FIRST, "--base", "darts-"], 3), "lease": (lease, LEASE, 2),
+           "il": (il, RUNS["il"][1], 2),
+           "evaluate": (evaluate, [*RUNS["evaluate"][1], "--arch", "LPT_PDARTS"], 1)}
+
+
+@pytest.mark.parametrize("job", slow_but({0, 3}, list(GRAPHED)))
+def test_a_replayed_run_ends_with_an_eager_ones_bits(job, graphs, tmp_path, monkeypatch):
+    """Two epochs of four steps: each pass runs once as new momenta and new rates come, is recorded
+    in the next step, and replayed. So it is in a run that is cut after its third step."""
+    module, argv, passes = GRAPHED[job]
+    argv = [*argv, "--batch-size", 25 if job != "evaluate" else 50, "--epochs", 2,
+            "--checkpoint-minutes", 0]
+    assert run_script(module, *argv, "--out", tmp_path / "eager") == 0
+    assert run_script(module, *argv, "--graphs", "--out", tmp_path / "graphs") == 0
+    assert [each.replays for each in graphs] == [2] * passes + [3] * passes
+    interrupted(module, [*argv, "--graphs"], tmp_path / "cut", monkeypatch, [3])
+    assert run_script(module, "--resume", "--out", tmp_path / "cut") == 0
+    eager, *others = (finals(tmp_path / name) for name in ("eager", "graphs", "cut"))
+    for found in others:
+        found = dict(zip(found[::2], found[1::2]))
+        assert [found.pop(f"(MappingKey(key='{key}'), MappingKey(key='graphs'))")
+                for key in ("args", "changed")] == [True, True]
+        assert same([*found.values()], [v for k, v in zip(eager[::2], eager[1::2]) if k in found])
+
+
+ITERATION = {"lpt": "algorithm_2", "il": "algorithm_3", "lease": "algorithm_1",
+             "evaluate": "gradient"}
+
+
+def seven_steps(method, graphs, moved=False):
+    """A and all weights after steps on new batches each, with new learning rates in the fourth."""
+    m, batches = PROBLEMS[method]()
+    module, args = MODULES[method], settings(MODULES[method], graphs=graphs)
+    m.alpha_opt = torch.optim.Adam(m.alphas, 0.1)
+    if method == "lpt":
+        m.creator_opt = torch.optim.Adam(m.creator, 0.1)
+    opts = [part for part in ops.leaves(m) if isinstance(part, torch.optim.Optimizer)]
+    for i in range(7):
+        for opt in opts if i == 3 else []:
+            opt.param_groups[0]["lr"] /= 3
+        if moved and i == 5:
+            m.alphas[0].data = m.alphas[0].data.clone()
+        getattr(module, ITERATION[method])(
+            m, tree_map(lambda t: t + 0.1 * i if t.is_floating_point() else t, batches), args)
+    return [w for opt in opts for w in opt.param_groups[0]["params"]]
+
+
+@pytest.mark.parametrize("fault", ["", "a number", "a batch", "moved memory"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_replay_may_not_miss(method, fault, graphs, monkeypatch):
+    """A new learning rate, a new batch; and memory that moved, which no run does."""
+    eager, leaves = seven_steps(method, False), ops.leaves
+    if fault == "a number":
+        monkeypatch.setattr(ops, "numbers", lambda m: [])
+    elif fault == "a batch":
+        monkeypatch.setattr(ops, "leaves", lambda value: iter(()) if isinstance(value, tuple) else
+                            leaves(value))
+    found = seven_steps(method, True, fault == "moved memory")
+    assert sum(graph.replays for graph in graphs) >= 2 * GRAPHED[method][2]
+    error = relative_error(found, eager)
+    assert error > 1e-6 if fault else error == 0
+
+
+def changing(m):
+    """Yield every dictionary and key in learners that holds a number, however deep."""
+    for part in ops.leaves(m):
+        held = part.param_groups if isinstance(part, torch.optim.Optimizer) else []
+        if isinstance(part, nn.Module):
+            held = [vars(each) for module in part.modules() for each in (
+                module, *filter(dataclasses.is_dataclass, vars(module).values()))]
+        for each in held:
+            yield from ((each, key) for key in each if isinstance(each[key], (int, float)))
+
+
+@pytest.mark.parametrize("job", GRAPHED)
+def test_every_number_that_an_epoch_changes_is_among_numbers(job, tmp_path, monkeypatch):
+    module, argv, _ = GRAPHED[job]
+    step, seen = getattr(module, ITERATION[job]), []
+
+    def spy(m, *given):
+        seen.append((m, [(held, key, held[key]) for held, key in changing(m)]))
+        return step(m, *given)
+
+    monkeypatch.setattr(module, ITERATION[job], spy)
+    assert run_script(module, *argv, "--batch-size", 100, "--epochs", 2, "--out",
+                      tmp_path / "run") == 0
+    (m, first), (_, last) = seen[0], seen[-1]
+    changed = [(held, key, old, new) for (held, key, old), (_, _, new) in zip(
+        first, last, strict=True) if old != new]
+    assert {key for _, key, *_ in changed} == {
+        "lpt": {"lr", "auxiliary"}, "evaluate": {"lr", "drop_path"}}.get(job, {"lr"})
+    for held, key, old, _ in changed:
+        before, now, held[key] = ops.numbers(m), held[key], old if held[key] != old else math.pi
+        assert ops.numbers(m) != before, key
+        held[key] = now
+
+
+def test_what_cannot_be_recorded_runs_eagerly(graphs, monkeypatch, capsys):
+    eager, loss = seven_steps("lpt", False), lpt.testee_loss
+    monkeypatch.setattr(lpt, "testee_loss", lambda *given: 0 * loss(*given).item() + loss(*given))
+    assert relative_error(seven_steps("lpt", True), eager) == 0
+    said, = capsys.readouterr().out.splitlines()
+    assert re.match("--graphs: .*_gradient cannot be recorded; this run goes on without it", said)
+
+
+def test_graphs_are_refused_by_name(monkeypatch):
+    """What there is no replay for, before a run begins."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for module, argv, device, why in (
+            (lpt, [], cpu, "needs a GPU"), (lpt, ["--base", "pdarts"], gpu, "base pdarts"),
+            (il, ["--gradient", "exact"], gpu, "--gradient exact"),
+            (evaluate, ["--arch", "LPT_PDARTS"], gpu, "one GPU in sight")):
+        args, _ = module.get_args([*argv, "--graphs"])
+        with pytest.raises(ops.BadInput, match=f"--graphs: .*{why}"):
+            ops.refuse_graphs(args, device)
+    ops.refuse_graphs(lease.get_args(["--graphs", "--base", "pcdarts"])[0], gpu)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ops.BadInput, match="one process"):
+        ops.refuse_graphs(lease.get_args(["--graphs"])[0], gpu)
+    with pytest.raises(ops.BadInput, match="needs a GPU"):
+        ops.start(arguments(graphs=True))
 
 
 @slow

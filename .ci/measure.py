@@ -174,13 +174,16 @@ def workload(kind, device, batch=None, peers=None):
     if whose in ("quark0", "authors"):
         return peer_step(what, whose, device, peers, x, y)
     if what == "evaluation":
+        args, _ = evaluate.get_args([*CELL.split(), *["--graphs"] * (whose == "replayed")])
         net = ops.place(evaluate.Network(genotypes.load("DARTS_V2"), 36, 100, 20), device)
-        opt, x = sgd(net), x.contiguous(memory_format=ops.memory_format(device))
-        return lambda: (with_auxiliary(net, x, y).backward(), ops.descend(
-            opt, [w.grad for w in net.parameters()], "the network", 5.0))
+        m = evaluate.Learner(net, sgd(net), net)
+        x = x.contiguous(memory_format=ops.memory_format(device))
+        return lambda: ops.descend(m.optimizer, evaluate.gradient(m, (x, y, None), args)[0],
+                                   "the network", args.grad_clip)
     module = {"IL": il, "LeaSE": lease}.get(what, lpt)
-    made = problem(module, ["--encoder", "none"] if what in ("DARTS", "supernet") else [], device,
-                   batch, supernet=tests.NaiveSupernet if whose == "per edge" else ops.Supernet,
+    argv = ["--encoder", "none"] * (what in ("DARTS", "supernet"))
+    made = problem(module, [*argv, *["--graphs"] * (whose == "replayed")], device, batch,
+                   supernet=tests.NaiveSupernet if whose == "per edge" else ops.Supernet,
                    **dict(C=8, layers=4) if module is il else {})
     return lambda: getattr(module, ALGORITHM[module])(*made, what != "supernet")
 
@@ -225,6 +228,7 @@ def figures_here(kind, device, *given):
     found = {"first": timed(step, device), "second": timed(step, device)}
     found["MiB"] = ops.peak_memory(device) if gpu else resident("VmHWM") - before
     if gpu:
+        timed(step, device)                                        # which a graph is recorded in
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
             timed(step, device)
         kernels = [event.time_range.elapsed_us() for event in seen.events() if event.device_type
@@ -253,13 +257,15 @@ def bench(device, batch, peers, count=5):
             ("evaluation", "weight step of evaluate.py, C 36, 20 cells", ["quark0"]),
             ("IL", "step of IL, two tasks and rounds, C 8, 4 cells", []),
             ("LeaSE", "step of LeaSE, C 16, 8 cells, ResNet-18", [])):
-        whose = [who for who in [*whose, "ours"] if peers or who in ("per edge", "ours")]
+        whose = [*(who for who in whose if peers or who == "per edge"), "ours",
+                 *["replayed"] * gpu]
         found = [json.loads(subprocess.run(                        # each in a process of its own
             [sys.executable, *sys.argv, "--figures-of", f"{what}: {who}"], capture_output=True,
             text=True, check=True).stdout.splitlines()[-1]) for who in whose]
         with contextlib.redirect_stdout(None):                     # peers print their widths
             steps = [workload(f"{what}: {who}", device, batch, peers) for who in whose]
-        times = [[timed(step, device) for step in steps] for _ in range(count + 1)][1:]
+        first = 3 if gpu else 1                                    # they choose, record, warm up
+        times = [[timed(step, device) for step in steps] for _ in range(first + count)][first:]
         print()
         table_row(title, "s", "ratio", "MiB", "ratio", "calls", *["kernels", "busy, s"] * gpu,
                   "first, s", "multiplying, s", "moving, s", head=True)
@@ -321,10 +327,11 @@ class Checks:
         lines = self.run(self.command(job, *more))
         return [line for line in lines if line.startswith(("epoch ", "test error"))][-1][:80]
 
-    def killed(self, job):
-        """Kill a run in its second epoch and resume it: it must end as an undisturbed one."""
+    def killed(self, job, *more):
+        """Kill a run in its second epoch and resume it: it must end as an undisturbed one. more:
+        arguments that the undisturbed one is without."""
         job += " --deterministic --checkpoint-minutes 0.02"
-        command, _ = self.command(job, folder=f"{job} cut"), self.job(job)
+        command, _ = [*self.command(job, folder=f"{job} cut"), *more], self.job(job)
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 if line.startswith("epoch 2/") and "step 10/" in line:
@@ -396,7 +403,9 @@ def check(device, only=""):
             "lpt killed and resumed": (on.killed, "lpt"), "ImageNet's files": (on.imagenet,),
             "evaluate killed and resumed": (on.killed, f"evaluate {CELL}"),
             "evaluate.load": (on.load,), "torchrun": (on.job, "lpt", True, f"{TORCHRUN} 1", "run"),
-            **({"torchrun, too many": (on.refused,), "out of memory": (on.out_of_memory,)}
+            **({"torchrun, too many": (on.refused,), "out of memory": (on.out_of_memory,),
+                **{f"{job}, killed with --graphs": (on.killed, job, "--graphs") for job in (
+                    "lpt --order 2", "il", "lease --order 2", f"evaluate {CELL} --amp bf16")}}
                if device.type == "cuda" else {})}
         todo = {name: job for name, job in todo.items() if only in name}
 
