@@ -946,7 +946,7 @@ def read_image(file: str) -> Image.Image:
 
 class Folder(torchvision.datasets.ImageFolder):
     """An ImageFolder of every format that Pillow reads. It ignores hidden files and folders, and
-    prints how many other files it leaves out."""
+    prints how many other files it skips."""
 
     def __init__(self, root):
         endings = {ending for ending, name in Image.registered_extensions().items()
@@ -960,8 +960,7 @@ class Folder(torchvision.datasets.ImageFolder):
 
         super().__init__(root, is_valid_file=is_image)
         if left_out.total():
-            print(f"{left_out.total()} files in {root} are left out, as their names do not end like"
-                  f" an image's: {dict(+left_out)}")
+            print(f"skipped in {root}, by the endings of their names: {dict(+left_out)}")
 
     def find_classes(self, directory):
         names = class_names(directory)
@@ -1616,7 +1615,8 @@ class Run:
         for name, part in self.parts.items():
             if isinstance(part, nn.Module) and not math.isfinite(
                     nn.utils.get_total_norm(part.parameters())):
-                raise NotFinite(f"a weight of {self.at(name)} is not finite")
+                raise NotFinite(f"a weight of {name} is not finite after {self.state['step']} "
+                                "steps")
         write_checkpoint(self.args.out, {**self.about(), **self.more, "run": self.state,
                                          "parts": {name: part.state_dict() for name, part
                                                    in self.parts.items()}})
