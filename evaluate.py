@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
 import darts_ops as ops
@@ -62,14 +61,15 @@ class Cell(nn.Module):
         self.ops = nn.ModuleList(operation(name, C, 2 if reduction and state < 2 else 1)
                                  for name, state in edges)
 
-    def forward(self, s0, s1, drop_path):
+    def forward(self, s0, s1, masks=None):
+        """masks: an iterator over Network.path_masks, or None."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for i in range(0, len(self.ops), 2):
             terms = []
             for op, state in zip(self.ops[i:i + 2], self.inputs[i:i + 2]):
                 term = op(states[state])
-                if drop_path and not isinstance(op, nn.Identity):  # whole paths, per image
-                    term = stochastic_depth(term, drop_path, "row", self.training)
+                if masks and not isinstance(op, nn.Identity):
+                    term = term * next(masks)
                 terms.append(term)
             states.append(terms[0] + terms[1])
         return torch.cat([states[i] for i in self.concat], 1)
@@ -112,13 +112,21 @@ class Network(nn.Module):
             if i == self.auxiliary_at and auxiliary:
                 self.auxiliary = auxiliary_head(C_prev, num_classes, size)
         self.classifier = nn.Linear(C_prev, num_classes)
+        self.paths = sum(not isinstance(op, nn.Identity) for cell in self.cells for op in cell.ops)
+
+    def path_masks(self, x):
+        """Return drop-path's factors, 0 or 1 / (1 - rate), as an iterator over the operations that
+        are no identity: (N, 1, 1, 1) each. One draw for all, as a GPU waits for every launch."""
+        keep = 1 - self.drop_path
+        return iter(x.new_empty(self.paths, len(x), 1, 1, 1).bernoulli_(keep).div_(keep))
 
     def forward(self, x):
         with ops.autocast(x.device, self.amp):
             s0 = self.stem0(x)
             s1, auxiliary = self.stem1(s0), None
+            masks = self.path_masks(s0) if self.drop_path and self.training else None
             for i, cell in enumerate(self.cells):
-                out = cell(s0, s1, self.drop_path)
+                out = cell(s0, s1, masks)
                 s0, s1 = s1, F.relu(out)
                 if i == self.auxiliary_at and self.auxiliary is not None and self.training:
                     auxiliary = self.auxiliary(s1)

@@ -1354,13 +1354,26 @@ def test_the_auxiliary_head_pools_as_the_adaptive_one():
 
 
 def test_drop_path_drops_whole_paths_and_keeps_the_mean():
+    """Every operation but the identity has a mask of its own: per image 0 or 1 / (1 - rate)."""
     torch.manual_seed(0)
-    cell = evaluate.Cell(genotypes.load("LPT_PDARTS"), 4, 4, 4, False, False)
-    x = torch.randn(4, 4, 8, 8)
-    assert torch.equal(cell(x, x, 0.0), cell(x, x, 0.0))
-    assert not torch.equal(cell(x, x, 0.5), cell(x, x, 0.0))
-    cell.eval()
-    assert torch.equal(cell(x, x, 0.5), cell(x, x, 0.0))
+    network, x = evaluate.Network(genotypes.load("LPT_PDARTS"), 4, 5, 3), torch.randn(6, 3, 32, 32)
+    paths = [op for cell in network.cells for op in cell.ops if not isinstance(op, nn.Identity)]
+    whole, _ = network(x)
+    network.drop_path = 0.75
+    masks = torch.stack([torch.stack([*network.path_masks(x)]) for _ in range(200)])
+    assert masks.shape[1:] == (len(paths), 6, 1, 1, 1) and masks.unique().tolist() == [0, 4]
+    assert abs(masks.mean() - 1) < 0.02
+    assert abs(np.corrcoef(masks.flatten(1).T) - np.eye(masks[0].numel())).max() < 0.4
+    assert not torch.equal(network(x)[0], whole)
+    network.path_masks = lambda x: given
+    given = iter(torch.ones(len(paths) + 1, 6, 1, 1, 1))
+    assert torch.equal(network(x)[0], whole) and len([*given]) == 1
+    network.eval()(x)                                              # which asks for none
+    edges, images = [("sep_conv_3x3", 0), ("max_pool_3x3", 1)] * 4, torch.randn(6, 4, 8, 8)
+    cell = evaluate.Cell(genotypes.Genotype(edges, [2], edges, [2]), 4, 4, 4, False, False)
+    kept = torch.tensor([1.0, 0, 1, 1, 0, 1]).view(6, 1, 1, 1)
+    out = cell(images, images, itertools.cycle([kept]))
+    assert torch.equal(out, cell(images, images) * kept)
 
 
 def test_genotypes_as_json_text_and_svg(tmp_path, monkeypatch, capsys):
