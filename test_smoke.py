@@ -1573,26 +1573,6 @@ def test_a_trained_network_in_ones_own_code(tmp_path, monkeypatch, capsys):
             evaluate.load(folder)
 
 
-def test_a_fourth_skill():
-    """The README's objective: its gradients are those of the finite differences of its value."""
-    block, = [b for b in python_blocks() if "def objective" in b]
-    net, theta = searched(), torch.zeros(20, dtype=torch.float64).requires_grad_()
-    train, val = batch(), batch()
-    scope = dict(torch=torch, F=F, at_weights=ops.at_weights, grad=ops.grad, train=train, val=val,
-                 sgd_step=ops.sgd_step, net=net, opt=torch.optim.SGD(net.parameters(), 0.1),
-                 alphas=alphas_of(), theta=theta)
-    exec(block, scope)
-    (g_theta,), eps, value = scope["g_theta"], 1e-5, {}
-    for row in train[2][:3].tolist():
-        for sign in (1, -1):
-            theta.data[row] += sign * eps
-            value[sign] = scope["objective"](*(scope[name] for name in (
-                "net", "opt", "alphas", "theta", "train", "val"))).item()
-            theta.data[row] -= sign * eps
-        assert g_theta[row].item() == pytest.approx((value[1] - value[-1]) / (2 * eps), rel=1e-4)
-    assert any(g.abs().max() > 0 for g in scope["g_alpha"])
-
-
 def numbers(text):
     """The numbers that "6, 8-9" means."""
     found = []
