@@ -1252,18 +1252,18 @@ def reading_processes() -> int:
 def data_arguments(parser):
     add = parser.add_argument_group("the images").add_argument
     add("--data", type=path, default=Path("data"),
-        help="where CIFAR is or goes; the root of a folder or of ImageNet")
+        help="folder of CIFAR (downloaded to it if missing), of ImageNet or of your images")
     add("--image-size", type=number(int, 8, 512), default=None,
-        help="resize a folder's images to this many pixels; size of synthetic ones; else as they "
-             "are, ImageNet's 224")
+        help="resize the images of a folder to this many pixels a side (ImageNet's: 224); size of "
+             "synthetic images")
     add("--flip", action=flag, default=True,
-        help="mirror half of the training images; --no-flip where left and right differ: digits, "
-             "letters")
+        help="mirror half of the training images; use --no-flip where left and right differ "
+             "(digits, letters)")
     add("--hold-out", type=number(int, 0), default=0,
-        help="training images kept for evaluate.py to test on; Skillearn's lambda study keeps 5000 "
-             "(§3.2.4)")
+        help="number of training images to leave out for evaluate.py to test on; Skillearn's "
+             "lambda study leaves out 5000 (§3.2.4)")
     add("--workers", type=number(int, 0), default=reading_processes(),
-        help="processes that read ImageNet's files for a stream; by default one per core")
+        help="processes that read ImageNet's files for each stream; one per core unless given")
 
 
 def search_arguments(parser):
@@ -1271,55 +1271,62 @@ def search_arguments(parser):
     parser.set_defaults(own=list(vars(parser.parse_args([]))))    # the method's, for run_name
     data_arguments(parser)
     add = parser.add_argument_group(
-        "the base search; the defaults are its paper's (BASES) or the method's").add_argument
-    add("--base", choices=BASES, default="darts-2nd", help="whose recipe and supernet to take")
-    add("--order", type=int, choices=(1, 2), help="1: A's gradient does not go through "
-        "the steps ahead (xi = 0, DARTS §2.3; LeaSE explains by E, IL validates one step ahead)")
-    add("--layers", type=number(int, 3), nargs="+", help="cells, per stage")
-    add("--epochs", type=number(int, 1), help="of a stage, over the training half")
-    add("--warm-up", type=number(int, 0), help="first epochs of a stage that train weights only")
-    add("--batch-size", type=number(int, 2), help="of each stream, over all processes")
-    add("--lr", type=real, help="of the searched networks' weights: SGD, cosine")
-    add("--lr-min", type=real, help="where the cosine ends")
-    add("--alpha-lr", type=real, help="of A: Adam (0.5, 0.999)")
+        "the base search; the defaults are its paper's (BASES) unless the method has its own"
+        ).add_argument
+    add("--base", choices=BASES, default="darts-2nd", help="the search to build on")
+    add("--order", type=int, choices=(1, 2),
+        help="1: A's gradient leaves out the term through W' (xi = 0, DARTS §2.3); LeaSE then "
+             "explains with E, IL still validates one step ahead")
+    add("--layers", type=number(int, 3), nargs="+", help="number of cells, for each stage")
+    add("--epochs", type=number(int, 1), help="epochs of each stage, over the training half")
+    add("--warm-up", type=number(int, 0),
+        help="epochs at the start of each stage that train weights alone")
+    add("--batch-size", type=number(int, 2), help="images of a step and stream, over all processes")
+    add("--lr", type=real,
+        help="initial learning rate of the searched networks' weights: SGD, cosine decay")
+    add("--lr-min", type=real, help="learning rate at the end of that decay")
+    add("--alpha-lr", type=real, help="learning rate of A: Adam with betas (0.5, 0.999)")
     add = parser.add_argument_group("the searched networks (DARTS §A.1)").add_argument
-    add("--channels", type=number(int, 2), default=16, help="C of the first cell")
-    add("--momentum", type=number(float, 0, 0.999), default=0.9, help="of every SGD")
-    add("--weight-decay", type=real, default=3e-4, help="of every SGD")
+    add("--channels", type=number(int, 2), default=16, help="channels C of the first cell")
+    add("--momentum", type=number(float, 0, 0.999), default=0.9, help="momentum of every SGD")
+    add("--weight-decay", type=real, default=3e-4, help="weight decay of every SGD")
     add("--grad-clip", type=real, default=5.0,
-        help="largest gradient norm of a searched network; 0: any")
-    add("--alpha-weight-decay", type=real, default=1e-3, help="of A")
+        help="clip the gradient of a searched network's weights to this norm; 0: do not clip")
+    add("--alpha-weight-decay", type=real, default=1e-3, help="weight decay of A")
     add("--radius", type=number(float, 1e-12), default=1e-2,
-        help="of the central differences: eps = radius / |v| (DARTS Eq. 8, LPT Eq. 17)")
+        help="radius of the central differences: eps = radius / |v| (DARTS Eq. 8, LPT Eq. 17)")
     add("--gradient", choices=("difference", "exact"), default="difference",
-        help="A's: by the papers' finite differences, or by exact differentiation (one process)")
+        help="compute A's gradient by the papers' finite differences, or by exact differentiation "
+             "(one process)")
     add("--subsets", type=number(float, 0, 1), nargs=2, default=None,
-        help="shares of every class that train weights and A, else halves; ImageNet's 0.1 0.025 "
-             "(PC-DARTS §4.3)")
-    run_arguments(parser, 10, "off, bf16 (the passes that train weights) or bf16-all (A's too)",
-                  ("off", "bf16", "bf16-all"))
+        help="shares of every class that train weights and A; halves unless given, on ImageNet "
+             "0.1 0.025 (PC-DARTS §4.3)")
+    run_arguments(parser, 10, "compute in bfloat16: bf16 in the passes that train weights, "
+                  "bf16-all in A's as well", ("off", "bf16", "bf16-all"))
 
 
 def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add = parser.add_argument_group("the run").add_argument
     add("--seed", type=number(int, 0), default=1,
-        help="of everything random; LPT and LeaSE use 1 to 10")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+        help="random seed; the papers' LPT and LeaSE use ten, here 1 to 10")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="device to compute on")
     add("--amp", choices=levels, default="off", help=amp)
     add("--tf32", action=flag, default=False, help="let NVIDIA's matrix units round to TF32")
     add("--graphs", action=flag, default=False,
-        help="replay each pass of a step as a CUDA graph: the same figures, faster where a GPU "
-             "waits for its host; not run on a GPU yet")
+        help="replay each pass of a step as a CUDA graph: the same results, faster where launching "
+             "kernels takes longest; never run on a GPU so far")
     add("--deterministic", action=flag, default=False,
-        help="use only algorithms that repeat their bits on a GPU too; slower")
-    add("--out", type=path, default=None, help="run folder; else one in runs/")
+        help="use only algorithms that give the same bits every time, on a GPU too; slower")
+    add("--out", type=path, default=None, help="run folder; a new one in runs/ unless given")
     add("--resume", nargs="?", const="yes", default="no", choices=("no", "yes", "auto"),
-        help="go on from the run folder's checkpoint; auto: if there is one, else start")
-    add("--checkpoint-minutes", type=real, default=10, help="between checkpoints within an epoch")
+        help="continue from the run folder's checkpoint; auto: start anew if there is none")
+    add("--checkpoint-minutes", type=real, default=10,
+        help="minutes between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
     add("--quick", action=flag, default=False,
-        help="one to three minutes on synthetic images of 16 pixels: few cells, channels and "
-             "epochs, high learning rates, a search's order 1")
+        help="finish in one to three minutes: synthetic images of 16 pixels, few cells, channels "
+             "and epochs, high learning rates, search gradients of order 1")
 
 
 def search_recipe(chosen, own: dict) -> dict:

@@ -155,7 +155,7 @@ def get_args(argv=None):
     add("--arch", help="a published cell (python genotypes.py --help lists them), a genotype.json, "
                        "random:SEED, the text Genotype(...) or a log with it")
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
+        help="cifar10, cifar100, imagenet, folder (at --data), folder:DIR, synthetic[:CLASSES]")
     add("--count-params", action=ops.flag, default=False,
         help="print the numbers of parameters and of multiply-adds, and exit")
     add("--summary", type=ops.path, nargs="+", default=None, metavar="RUNS",
@@ -164,25 +164,31 @@ def get_args(argv=None):
     add = parser.add_argument_group(
         "the network and its training (DARTS §A.2; Skillearn §3.2.2); defaults for --dataset and "
         "--arch").add_argument
-    add("--layers", type=ops.number(int, 3), default=20, help="cells")
-    add("--channels", type=ops.number(int, 2), default=36, help="C of the first cell")
+    add("--layers", type=ops.number(int, 3), default=20, help="number of cells")
+    add("--channels", type=ops.number(int, 2), default=36, help="channels C of the first cell")
     add("--epochs", type=ops.number(int, 1), default=600, help="passes over the training images")
     add("--batch-size", type=ops.number(int, 2), default=96,
-        help="of a step, over all GPUs; IL's cells on P-DARTS and PC-DARTS have 64 (§4.3.1)")
-    add("--lr", type=real, default=0.025, help="SGD, to 0")
-    add("--decay", choices=("cosine", "linear"), default="cosine", help="of the learning rate")
-    add("--warm-up", type=ops.number(int, 0), default=0, help="epochs of a linear rise to --lr")
-    add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="of SGD")
-    add("--weight-decay", type=real, default=3e-4, help="of SGD")
-    add("--grad-clip", type=real, default=5.0, help="largest gradient norm; 0: any")
-    add("--label-smoothing", type=ops.number(float, 0, 1), default=0.0, help="of the training loss")
-    add("--cutout", type=ops.number(int, 0), default=16, help="side of the square cut out; 0: none")
+        help="images of a step, over all GPUs; 64 for IL's cells on P-DARTS and PC-DARTS (§4.3.1)")
+    add("--lr", type=real, default=0.025, help="initial learning rate: SGD, falling to 0")
+    add("--decay", choices=("cosine", "linear"), default="cosine",
+        help="decay of the learning rate")
+    add("--warm-up", type=ops.number(int, 0), default=0,
+        help="epochs in which the learning rate rises to --lr")
+    add("--momentum", type=ops.number(float, 0, 1), default=0.9, help="momentum of SGD")
+    add("--weight-decay", type=real, default=3e-4, help="weight decay of SGD")
+    add("--grad-clip", type=real, default=5.0,
+        help="clip the gradient to this norm; 0: do not clip")
+    add("--label-smoothing", type=ops.number(float, 0, 1), default=0.0,
+        help="label smoothing of the training loss")
+    add("--cutout", type=ops.number(int, 0), default=16,
+        help="side in pixels of the square that is erased from training images; 0: none")
     add("--auxiliary", action=ops.flag, default=True, help="train with the auxiliary head")
-    add("--auxiliary-weight", type=real, default=0.4, help="of its loss")
+    add("--auxiliary-weight", type=real, default=0.4,
+        help="weight of the auxiliary head's loss")
     add("--drop-path", type=ops.number(float, 0, 0.99), default=0.2,
-        help="rate that drop-path rises to, linearly over the epochs; cells of P-DARTS and "
-             "PC-DARTS have 0.3")
-    ops.run_arguments(parser, 50, "off or bf16", ("off", "bf16"))
+        help="rate of drop-path at the end of a linear rise; 0.3 for cells of P-DARTS and "
+             "PC-DARTS")
+    ops.run_arguments(parser, 50, "compute in bfloat16", ("off", "bf16"))
     args, checkpoint = ops.parse(parser, argv, "evaluate", lambda chosen: (
         genotypes.recipe(origin(chosen.arch or ""), chosen.dataset)
         | (RECIPE_IMAGENET if chosen.dataset == "imagenet" else {})

@@ -54,11 +54,12 @@ def get_args(argv=None):
                             "python il.py --tasks cifar100 cifar10 --rounds 2")
     add = parser.add_argument
     add("--tasks", type=ops.dataset_name, nargs="+", default=["cifar100", "cifar10"],
-        help="in their order: cifar10, cifar100, folder:DIR, synthetic[:CLASSES] (§4.3.1)")
-    add("--rounds", type=ops.number(int, 1), default=2, help="M (§4.3.1)")
-    add("--coupling", dest="lam", type=ops.real, default=100.0, help="lambda (beta in §4.3.1)")
+        help="tasks in order: cifar10, cifar100, folder:DIR, synthetic[:CLASSES] (§4.3.1)")
+    add("--rounds", type=ops.number(int, 1), default=2, help="number of rounds M (§4.3.1)")
+    add("--coupling", dest="lam", type=ops.real, default=100.0,
+        help="weight lambda of the pull towards the stage before (beta in §4.3.1)")
     add("--step", choices=("proximal", "printed"), default="proximal",
-        help="of the coupled weights; printed: Eq. 35, which needs 2 eta lambda / (1 - mu) < 1")
+        help="step of the coupled weights; printed: Eq. 35, stable at 2 eta lambda / (1 - mu) < 1")
     add("--joint", action=ops.flag, default=False, help="the baseline JL: one round, no coupling")
     ops.search_arguments(parser)
     recipes = {"darts-1st": {"alpha_lr": 3e-5}, "darts-2nd": {"alpha_lr": 3e-5},  # §4.3.1

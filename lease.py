@@ -58,15 +58,17 @@ def get_args(argv=None):
     add("--dataset", type=ops.dataset_name, default="cifar100",
         help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
     add("--audience", choices=("resnet18", "resnet50"), default="resnet18",
-        help="its network (§3.2)")
-    add("--gamma", type=ops.real, default=1.0, help="weight of the audience's validation (§3.2)")
+        help="network of the audience (§3.2)")
+    add("--gamma", type=ops.real, default=1.0,
+        help="weight of the audience's validation loss (§3.2)")
     add("--weighting", choices=("signed", "magnitude"), default="signed",
         help="the audience sees delta' . x as printed, or |delta'| . x; not in the paper")
     add("--delta-scale", type=ops.number(float, 1e-12), default=0.3,
-        help="root-mean-square of the random start of delta; not in the paper (departure 2)")
+        help="root mean square of delta's random start; not in the paper (departure 2)")
     add("--delta-radius", type=ops.number(float, 1e-12), default=1.0,
-        help="radius of the difference along delta; the paper has one for all, --radius")
-    add("--audience-lr", type=ops.real, default=0.025, help="of W, cosine to 0 (§3.2)")
+        help="radius of the difference along delta; the paper uses --radius for all differences")
+    add("--audience-lr", type=ops.real, default=0.025,
+        help="learning rate of the audience's W: SGD, falling to 0 as a cosine (§3.2)")
     ops.search_arguments(parser)
     return ops.parse_search(parser, argv, "lease", lambda chosen: {
         "batch_size": 64,                                                    # §3.2

@@ -54,21 +54,25 @@ def get_args(argv=None):
                             "python lpt.py --dataset cifar100 --encoder resnet18")
     add, real = parser.add_argument, ops.real
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
+        help="cifar10, cifar100, imagenet, folder (at --data), folder:DIR, synthetic[:CLASSES]")
     add("--encoder", choices=("resnet18", "resnet50", "none"), default="resnet18",
-        help="the tester's encoder E (§3.2.2); none: no tester, which is the base search itself")
-    add("--lambda", dest="lam", type=real, default=1.0, help="weight of meaningfulness (§3.2.2)")
-    add("--gamma", type=real, default=1.0, help="weight of the created test in stage II (§3.2.2)")
+        help="encoder E of the tester (§3.2.2); none: run the base search itself, without a tester")
+    add("--lambda", dest="lam", type=real, default=1.0,
+        help="weight of the tester's validation loss in A's and C's objective (§3.2.2)")
+    add("--gamma", type=real, default=1.0,
+        help="weight of the created test in the tester's training loss (§3.2.2)")
     add("--ablation", type=int, choices=(0, 1, 2), default=0,
-        help="1: a selection scalar per bank image, no tester (Eq. 25); 2: the tester learns from "
-             "the created test alone (Eq. 26)")
-    add("--tester-lr", type=real, default=0.025, help="of E and X, cosine to 0 (§3.2.2)")
-    add("--creator-lr", type=real, default=3e-4, help="of C, Adam (§3.2.2)")
-    add("--creator-weight-decay", type=real, default=1e-3, help="of C (§3.2.2)")
+        help="1: a trained number per bank image replaces the tester (Eq. 25); 2: the tester "
+             "trains on the created test alone (Eq. 26)")
+    add("--tester-lr", type=real, default=0.025,
+        help="learning rate of the tester (E and X): SGD, falling to 0 as a cosine (§3.2.2)")
+    add("--creator-lr", type=real, default=3e-4,
+        help="learning rate of the creator C: Adam (§3.2.2)")
+    add("--creator-weight-decay", type=real, default=1e-3, help="weight decay of C (§3.2.2)")
     add("--theta-lr", type=real, default=1e-2,
-        help="of ablation 1's scalars, Adam without weight decay; not in the paper")
+        help="learning rate of ablation 1's numbers: Adam without weight decay; not in the paper")
     add("--created-test", choices=("printed", "normalized"), default="printed",
-        help="its loss in stage II: Eq. 13, or Eq. 13 divided by the sum of f, as Eq. 9 is")
+        help="its loss in stage II: Eq. 13, or Eq. 13 divided by the sum of f as in Eq. 9")
     ops.search_arguments(parser)
     args, checkpoint = ops.parse_search(parser, argv, "lpt", lambda chosen: (
         {} if chosen.encoder == "none" else {"batch_size": 64}))                  # §3.2.2
