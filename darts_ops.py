@@ -10,7 +10,6 @@ each base's paper beside its line in BASES; the methods' equations are in their 
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import http.client
@@ -28,7 +27,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +43,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from genotypes import PRIMITIVES, BadInput, Genotype, search_svg, to_json, to_svg
+from genotypes import MAY_CHANGE, PRIMITIVES, BadInput, Genotype, search_svg, to_json, to_svg
 
 try:
     import fcntl
@@ -604,9 +603,9 @@ def autocast(device, on: bool):
 
 def leaves(value):
     """Yield what lists, tuples, dictionaries and dataclasses hold, however nested."""
-    if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    elif isinstance(value, dict):
         value = list(value.values())
     if not isinstance(value, (list, tuple)):
         yield value
@@ -618,9 +617,13 @@ def leaves(value):
 def numbers(m) -> list:
     """Return the numbers that a pass of the learners m may read and that change in a run: each
     optimizer's settings and its count of momenta, each network's mode, knobs and drop-path."""
-    read = ((part.param_groups, len(part.state)) if isinstance(part, torch.optim.Optimizer) else
-            vars(part) if isinstance(part, nn.Module) else None for part in leaves(m))
-    return [number for number in leaves(list(read)) if isinstance(number, (int, float))]
+    read = []
+    for part in leaves(m):
+        if isinstance(part, torch.optim.Optimizer):
+            read += [len(part.state), *leaves(part.param_groups)]
+        elif isinstance(part, nn.Module):
+            read += leaves(vars(part))
+    return [value for value in read if isinstance(value, (int, float))]
 
 
 def graphed(function):
@@ -638,21 +641,24 @@ def graphed(function):
         graphs = vars(m).setdefault("graphs", {})                 # function -> numbers, recording
         given = [t for t in leaves((batches, more)) if torch.is_tensor(t)]
         now = numbers(m), [t.shape for t in given]
-        if graphs.get(function, [None])[0] != now:
-            graphs[function] = [now]                              # without the former recording
+        before, recording = graphs.get(function, (None, None))
+        if before != now:
+            graphs[function] = now, None                          # frees the former recording
             return function(m, batches, args, *more)
-        if len(graphs[function]) == 1:
+        if recording is None:
             graph = torch.cuda.CUDAGraph()
-            pool = next((one.pool() for _, *made in graphs.values() for one in made[:1]), None)
+            pool = next((made[0].pool() for _, made in graphs.values() if made), None)
             try:
                 with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                    graphs[function] += [graph, given, function(m, batches, args, *more)]
+                    recording = graph, given, function(m, batches, args, *more)
             except RuntimeError as error:
                 print(f"--graphs: {function.__name__} cannot be recorded; this run goes on without "
                       f"it ({str(error).splitlines()[0]})", flush=True)
                 args.graphs = False
+                graphs.clear()                                    # their memory is free again
                 return function(m, batches, args, *more)
-        _, graph, recorded, result = graphs[function]
+            graphs[function] = now, recording
+        graph, recorded, result = recording
         with torch.no_grad():
             for old, new in zip(recorded, given):
                 if old is not new:
@@ -665,13 +671,13 @@ def graphed(function):
 def refuse_graphs(args, device):
     """Raise BadInput where --graphs does not work."""
     for fits, why in (
-            (device.type == "cuda", "needs a GPU of NVIDIA"),
+            (device.type == "cuda", "needs a CUDA GPU"),
             ("RANK" not in os.environ, "needs one process"),
             (hasattr(args, "base") or torch.cuda.device_count() == 1,
-             "evaluate.py needs one GPU in sight, e.g. CUDA_VISIBLE_DEVICES=0"),
+             "evaluate.py needs exactly one visible GPU, e.g. CUDA_VISIBLE_DEVICES=0"),
             (getattr(args, "gradient", "") != "exact", "not with --gradient exact"),
             (not any(getattr(args, "skip_dropout", ())), "not with --base pdarts, whose skip "
-             "dropout has a generator of its own")):
+             "dropout draws from a generator of its own")):
         if not fits:
             raise BadInput(f"--graphs: {why}")
 
@@ -960,7 +966,7 @@ class Folder(torchvision.datasets.ImageFolder):
 
         super().__init__(root, is_valid_file=is_image)
         if left_out.total():
-            print(f"skipped in {root}, by the endings of their names: {dict(+left_out)}")
+            print(f"skipped files in {root}, by extension: {dict(+left_out)}")
 
     def find_classes(self, directory):
         names = class_names(directory)
@@ -1252,7 +1258,7 @@ def reading_processes() -> int:
 def data_arguments(parser):
     add = parser.add_argument_group("the images").add_argument
     add("--data", type=path, default=Path("data"),
-        help="folder of CIFAR (downloaded to it if missing), of ImageNet or of your images")
+        help="folder with CIFAR (downloaded there if missing), ImageNet or your images")
     add("--image-size", type=number(int, 8, 512), default=None,
         help="resize the images of a folder to this many pixels a side (ImageNet's: 224); size of "
              "synthetic images")
@@ -1281,7 +1287,7 @@ def search_arguments(parser):
     add("--epochs", type=number(int, 1), help="epochs of each stage, over the training half")
     add("--warm-up", type=number(int, 0),
         help="epochs at the start of each stage that train weights alone")
-    add("--batch-size", type=number(int, 2), help="images of a step and stream, over all processes")
+    add("--batch-size", type=number(int, 2), help="images per step and stream, over all processes")
     add("--lr", type=real,
         help="initial learning rate of the searched networks' weights: SGD, cosine decay")
     add("--lr-min", type=real, help="learning rate at the end of that decay")
@@ -1308,19 +1314,19 @@ def search_arguments(parser):
 def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add = parser.add_argument_group("the run").add_argument
     add("--seed", type=number(int, 0), default=1,
-        help="random seed; the papers' LPT and LeaSE use ten, here 1 to 10")
+        help="random seed; the papers run LPT and LeaSE with ten")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="device to compute on")
     add("--amp", choices=levels, default="off", help=amp)
     add("--tf32", action=flag, default=False, help="let NVIDIA's matrix units round to TF32")
     add("--graphs", action=flag, default=False,
         help="replay each pass of a step as a CUDA graph: the same results, faster where launching "
-             "kernels takes longest; never run on a GPU so far")
+             "kernels is the bottleneck; never run on a GPU so far")
     add("--deterministic", action=flag, default=False,
         help="use only algorithms that give the same bits every time, on a GPU too; slower")
     add("--out", type=path, default=None, help="run folder; a new one in runs/ unless given")
     add("--resume", nargs="?", const="yes", default="no", choices=("no", "yes", "auto"),
-        help="continue from the run folder's checkpoint; auto: start anew if there is none")
+        help="continue from the run folder's checkpoint; auto: start over if there is none")
     add("--checkpoint-minutes", type=real, default=10,
         help="minutes between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
@@ -1433,9 +1439,6 @@ def run_name(method: str, args, standard: dict) -> str:
                for k, v in changed.items()), str(args.seed))
     name = "-".join(word for word in words if word).replace(":", "").replace("/", "_")
     return name if len(name.encode()) < 200 else f"{name[:60]}-{zlib.crc32(name.encode()):x}"
-
-
-MAY_CHANGE = ("data", "workers", "checkpoint_minutes", "arch", "graphs")     # with --resume
 
 
 def plain(args) -> dict:

@@ -115,8 +115,8 @@ class Network(nn.Module):
         self.paths = sum(not isinstance(op, nn.Identity) for cell in self.cells for op in cell.ops)
 
     def path_masks(self, x):
-        """Return drop-path's factors, 0 or 1 / (1 - rate), as an iterator over the operations that
-        are no identity: (N, 1, 1, 1) each. One draw for all, as a GPU waits for every launch."""
+        """Return drop-path's factors, 0 or 1 / (1 - rate), as an iterator over the operations
+        other than the identity: (N, 1, 1, 1) each. One draw serves all, as launches cost time."""
         keep = 1 - self.drop_path
         return iter(x.new_empty(self.paths, len(x), 1, 1, 1).bernoulli_(keep).div_(keep))
 
@@ -168,7 +168,7 @@ def get_args(argv=None):
     add("--channels", type=ops.number(int, 2), default=36, help="channels C of the first cell")
     add("--epochs", type=ops.number(int, 1), default=600, help="passes over the training images")
     add("--batch-size", type=ops.number(int, 2), default=96,
-        help="images of a step, over all GPUs; 64 for IL's cells on P-DARTS and PC-DARTS (§4.3.1)")
+        help="images per step, over all GPUs; 64 for IL's cells on P-DARTS and PC-DARTS (§4.3.1)")
     add("--lr", type=real, default=0.025, help="initial learning rate: SGD, falling to 0")
     add("--decay", choices=("cosine", "linear"), default="cosine",
         help="decay of the learning rate")
@@ -367,7 +367,7 @@ def train(args, checkpoint):
     history = run.state["history"]
     where = args.data.name if args.dataset == "folder" else args.dataset
     changed = {k: v for k, v in args.changed.items()
-               if k not in ("arch", "dataset", "seed", *ops.MAY_CHANGE)}
+               if k not in ("dataset", "seed", *genotypes.MAY_CHANGE)}
     result = {"arch": args.arch, **origin(args.arch), "dataset": ops.kinds(args.dataset),
               "data": where, "fingerprint": run.data[0], "genotype": genotype._asdict(),
               "test_error": round(100 * (1 - top1), 4), "top5_error": round(100 * (1 - top5), 4),

@@ -183,12 +183,16 @@ PAPER_IMAGENET = {
 }
 
 
+# arguments of a run that change no result: its row does not name them, --resume may change them
+MAY_CHANGE = ("data", "workers", "checkpoint_minutes", "arch", "graphs")
+
+
 def row(method: str, args: dict, changed: dict) -> str:
     """Return the name in the papers' tables of a search with these arguments; changed: those that
     differ from the paper's, which the name lists."""
     base = {"darts-": "DARTS-", "darts+": "DARTS+", "pcdarts": "PC-DARTS", "pdarts": "P-DARTS"}.get(
         args["base"], args["base"].replace("darts", "DARTS"))
-    named = {"base", "seed", "dataset", "tasks", "data", "workers", "checkpoint_minutes", "graphs"}
+    named = {"base", "seed", "dataset", "tasks", *MAY_CHANGE}
     if method == "lpt":
         named |= {"encoder", "ablation"}
         name = base if args["encoder"] == "none" else f"LPT-R{args['encoder'][6:]}-{base}"

@@ -56,7 +56,7 @@ def get_args(argv=None):
                             "python lease.py --dataset cifar100 --audience resnet18")
     add = parser.add_argument
     add("--dataset", type=ops.dataset_name, default="cifar100",
-        help="cifar10, cifar100, imagenet, folder (in --data), folder:DIR, synthetic[:CLASSES]")
+        help="cifar10, cifar100, imagenet, folder (at --data), folder:DIR, synthetic[:CLASSES]")
     add("--audience", choices=("resnet18", "resnet50"), default="resnet18",
         help="network of the audience (§3.2)")
     add("--gamma", type=ops.real, default=1.0,
@@ -68,7 +68,7 @@ def get_args(argv=None):
     add("--delta-radius", type=ops.number(float, 1e-12), default=1.0,
         help="radius of the difference along delta; the paper uses --radius for all differences")
     add("--audience-lr", type=ops.real, default=0.025,
-        help="learning rate of the audience's W: SGD, falling to 0 as a cosine (§3.2)")
+        help="learning rate of the audience's W: SGD, cosine decay to 0 (§3.2)")
     ops.search_arguments(parser)
     return ops.parse_search(parser, argv, "lease", lambda chosen: {
         "batch_size": 64,                                                    # §3.2

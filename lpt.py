@@ -65,7 +65,7 @@ def get_args(argv=None):
         help="1: a trained number per bank image replaces the tester (Eq. 25); 2: the tester "
              "trains on the created test alone (Eq. 26)")
     add("--tester-lr", type=real, default=0.025,
-        help="learning rate of the tester (E and X): SGD, falling to 0 as a cosine (§3.2.2)")
+        help="learning rate of the tester (E and X): SGD, cosine decay to 0 (§3.2.2)")
     add("--creator-lr", type=real, default=3e-4,
         help="learning rate of the creator C: Adam (§3.2.2)")
     add("--creator-weight-decay", type=real, default=1e-3, help="weight decay of C (§3.2.2)")

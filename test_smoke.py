@@ -81,6 +81,8 @@ HERE = Path(__file__).resolve().parent
 slow = pytest.mark.skipif(not os.environ.get("RUN_SLOW"), reason="RUN_SLOW=1 runs it")
 MODULES = {"lpt": lpt, "il": il, "lease": lease}
 METHODS = tuple(MODULES)
+ITERATION = {"lpt": "algorithm_2", "il": "algorithm_3", "lease": "algorithm_1",
+             "evaluate": "gradient"}    # the function that takes a step
 
 # --------------------------------------------------------------------------------- shared helpers
 
@@ -626,8 +628,7 @@ def test_an_iteration_takes_the_steps_of_its_algorithm(method, learns, monkeypat
         real(optimizer, grads, learner, clip)
 
     monkeypatch.setattr(module, "descend", descend)
-    {"lpt": lpt.algorithm_2, "il": il.algorithm_3, "lease": lease.algorithm_1}[method](
-        m, batches, args, learns)
+    getattr(module, ITERATION[method])(m, batches, args, learns)
     learners = {"lpt": ["the tester", "the testee"], "lease": ["the explainer", "the audience"],
                 "il": [f"learner {l}" for l in range(1, 5)]}[method]
     theirs = ["the architecture", *(["the creator"] if method == "lpt" else [])] if learns else []
@@ -1933,7 +1934,7 @@ def test_folder_of_images(tmp_path, capsys):
     (root / "train" / "cat" / "._0.png").write_text("")
     data = images("folder", root)
     assert data.images.shape == (24, 3, 12, 12) and data.classes == ["cat", "dog"]
-    assert "by the endings of their names: {'.txt': 1}" in capsys.readouterr().out
+    assert "by extension: {'.txt': 1}" in capsys.readouterr().out
     first = np.asarray(ops.Image.open(root / "train" / "cat" / "0.png"))
     assert np.array_equal(data.images[0].permute(1, 2, 0).numpy(), first)
     mixed = write_folder(tmp_path / "b", sizes=(12, 20), parts=("train", "val"))
@@ -3308,10 +3309,6 @@ def test_a_replayed_run_ends_with_an_eager_ones_bits(job, graphs, tmp_path, monk
         assert same([*found.values()], [v for k, v in zip(eager[::2], eager[1::2]) if k in found])
 
 
-ITERATION = {"lpt": "algorithm_2", "il": "algorithm_3", "lease": "algorithm_1",
-             "evaluate": "gradient"}
-
-
 def seven_steps(method, graphs, moved=False):
     """A and all weights after steps on new batches each, with new learning rates in the fourth."""
     m, batches = PROBLEMS[method]()
@@ -3393,9 +3390,9 @@ def test_graphs_are_refused_by_name(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for module, argv, device, why in (
-            (lpt, [], cpu, "needs a GPU"), (lpt, ["--base", "pdarts"], gpu, "base pdarts"),
+            (lpt, [], cpu, "needs a CUDA GPU"), (lpt, ["--base", "pdarts"], gpu, "base pdarts"),
             (il, ["--gradient", "exact"], gpu, "--gradient exact"),
-            (evaluate, ["--arch", "LPT_PDARTS"], gpu, "one GPU in sight")):
+            (evaluate, ["--arch", "LPT_PDARTS"], gpu, "exactly one visible GPU")):
         args, _ = module.get_args([*argv, "--graphs"])
         with pytest.raises(ops.BadInput, match=f"--graphs: .*{why}"):
             ops.refuse_graphs(args, device)
@@ -3403,7 +3400,7 @@ def test_graphs_are_refused_by_name(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ops.BadInput, match="one process"):
         ops.refuse_graphs(lease.get_args(["--graphs"])[0], gpu)
-    with pytest.raises(ops.BadInput, match="needs a GPU"):
+    with pytest.raises(ops.BadInput, match="needs a CUDA GPU"):
         ops.start(arguments(graphs=True))
 
 

@@ -38,7 +38,7 @@ import lease
 import lpt
 import test_smoke as tests
 
-ALGORITHM = {lpt: "algorithm_2", il: "algorithm_3", lease: "algorithm_1"}
+ALGORITHM = {module: tests.ITERATION[name] for name, module in tests.MODULES.items()}
 nothing = lambda *args, **kw: None
 with_auxiliary = lambda net, x, y: sum(c * F.cross_entropy(each, y)
                                        for c, each in zip((1, 0.4), net(x)))
@@ -173,8 +173,9 @@ def workload(kind, device, batch=None, peers=None):
     x, y = torch.randn(batch, 3, 32, 32).to(device), torch.randint(100, (batch,)).to(device)
     if whose in ("quark0", "authors"):
         return peer_step(what, whose, device, peers, x, y)
+    graphs = ["--graphs"] * (whose == "replayed")
     if what == "evaluation":
-        args, _ = evaluate.get_args([*CELL.split(), *["--graphs"] * (whose == "replayed")])
+        args, _ = evaluate.get_args([*CELL.split(), *graphs])
         net = ops.place(evaluate.Network(genotypes.load("DARTS_V2"), 36, 100, 20), device)
         m = evaluate.Learner(net, sgd(net), net)
         x = x.contiguous(memory_format=ops.memory_format(device))
@@ -182,7 +183,7 @@ def workload(kind, device, batch=None, peers=None):
                                    "the network", args.grad_clip)
     module = {"IL": il, "LeaSE": lease}.get(what, lpt)
     argv = ["--encoder", "none"] * (what in ("DARTS", "supernet"))
-    made = problem(module, [*argv, *["--graphs"] * (whose == "replayed")], device, batch,
+    made = problem(module, [*argv, *graphs], device, batch,
                    supernet=tests.NaiveSupernet if whose == "per edge" else ops.Supernet,
                    **dict(C=8, layers=4) if module is il else {})
     return lambda: getattr(module, ALGORITHM[module])(*made, what != "supernet")
