@@ -638,27 +638,26 @@ def graphed(function):
     def call(m, batches, args, *more):
         if not args.graphs:
             return function(m, batches, args, *more)
-        graphs = vars(m).setdefault("graphs", {})                 # function -> numbers, recording
-        given = [t for t in leaves((batches, more)) if torch.is_tensor(t)]
-        now = numbers(m), [t.shape for t in given]
-        before, recording = graphs.get(function, (None, None))
-        if before != now:
-            graphs[function] = now, None                          # frees the former recording
+        now, given = numbers(m), [t for t in leaves((batches, more)) if torch.is_tensor(t)]
+        if now != getattr(m, "recorded_numbers", None):
+            m.recorded_numbers, m.recordings = now, {}            # frees the memory of all graphs
+        key = function, *(t.shape for t in given)
+        if key not in m.recordings:
+            m.recordings[key] = None
             return function(m, batches, args, *more)
-        if recording is None:
+        if m.recordings[key] is None:
             graph = torch.cuda.CUDAGraph()
-            pool = next((made[0].pool() for _, made in graphs.values() if made), None)
+            pool = next((made[0].pool() for made in m.recordings.values() if made), None)
             try:
                 with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                    recording = graph, given, function(m, batches, args, *more)
+                    m.recordings[key] = graph, given, function(m, batches, args, *more)
             except RuntimeError as error:
                 print(f"--graphs: {function.__name__} cannot be recorded; this run goes on without "
                       f"it ({str(error).splitlines()[0]})", flush=True)
-                args.graphs = False
-                graphs.clear()                                    # their memory is free again
+                args.graphs, m.recordings = False, {}
+            if not args.graphs:
                 return function(m, batches, args, *more)
-            graphs[function] = now, recording
-        graph, recorded, result = recording
+        graph, recorded, result = m.recordings[key]
         with torch.no_grad():
             for old, new in zip(recorded, given):
                 if old is not new:

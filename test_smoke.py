@@ -56,6 +56,7 @@ import time
 import types
 import unittest.mock
 import warnings
+import weakref
 import xml.etree.ElementTree
 import zlib
 from pathlib import Path
@@ -3341,6 +3342,26 @@ def test_what_a_replay_may_not_miss(method, fault, graphs, monkeypatch):
     assert sum(graph.replays for graph in graphs) >= 2 * GRAPHED[method][2]
     error = relative_error(found, eager)
     assert error > 1e-6 if fault else error == 0
+
+
+def test_new_numbers_free_the_memory_of_every_recording(graphs):
+    """Before the first pass with them, which would need as much memory again."""
+    alive, results, args = [], [], argparse.Namespace(graphs=True)
+
+    def learn(m, batches, args):
+        alive.append(sum(result() is not None for result in results))
+        return batches[0] + m.optimizer.param_groups[0]["lr"]
+
+    m = evaluate.Learner(None, torch.optim.SGD([torch.zeros(1)]), None)
+    passes = [ops.graphed(lambda *given: learn(*given)) for _ in range(2)]
+    for lr in (1.0, 2.0):
+        m.optimizer.param_groups[0]["lr"] = lr
+        for _ in range(3):                            # eager, recorded, replayed
+            found = [each(m, [torch.ones(2)], args) for each in passes]
+            assert all(torch.equal(x, torch.full((2,), 1 + lr)) for x in found)
+        results += map(weakref.ref, found)
+        del found
+    assert alive == [0] * 8 and len(graphs) == 4
 
 
 def changing(m):
