@@ -643,6 +643,7 @@ def main():
     add("--data", type=Path, nargs="+", default=[], help="of studies: folders of images; IL: two")
     add("--figures-of", help=argparse.SUPPRESS)                    # what bench starts
     args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in a run
     where = args.device, args.batch, args.peers
     tasks = [f"folder:{each}" for each in args.data] or ["synthetic:10", "synthetic:5"]
     for chosen, measure, *given in (
