@@ -38,12 +38,22 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont  # Pillow comes with torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from genotypes import MAY_CHANGE, PRIMITIVES, BadInput, Genotype, search_svg, to_json, to_svg
+from genotypes import (
+    MAY_CHANGE,
+    PRIMITIVES,
+    BadInput,
+    Genotype,
+    path,
+    print_any_text,
+    search_svg,
+    to_json,
+    to_svg,
+)
 
 try:
     import fcntl
@@ -916,8 +926,11 @@ class ImageFiles(Dataset):
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB of 8 bits: transparent parts on white; 16 bits divided by 257; floats
-    from 0 to 1 times 255. Raises ValueError for other deep images, whose white is not known."""
+    """Return an image as RGB of 8 bits: upright; transparent parts on white; 16 bits divided by
+    257; floats from 0 to 1 times 255. Raises ValueError for other deep images, whose white is not
+    known."""
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        image = ImageOps.exif_transpose(image)                    # no error: a damaged EXIF part
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image).astype(np.float64)
         low, high, white = pixels.min(), pixels.max(), 1 if image.mode == "F" else 65535
@@ -958,8 +971,9 @@ class Folder(torchvision.datasets.ImageFolder):
                    if name in Image.OPEN}
         left_out = Counter()
 
-        def is_image(path):
-            hidden, ending = os.path.basename(path).startswith("."), Path(path).suffix.lower()
+        def is_image(file):
+            ending = Path(file).suffix.lower()
+            hidden = any(part.startswith(".") for part in Path(file).relative_to(root).parts)
             left_out[ending or "no ending"] += not hidden and ending not in endings
             return not hidden and ending in endings
 
@@ -969,6 +983,8 @@ class Folder(torchvision.datasets.ImageFolder):
 
     def find_classes(self, directory):
         names = class_names(directory)
+        if not os.path.isdir(directory):
+            raise FileNotFoundError("there is no such folder")
         if len(names) < 2:
             raise FileNotFoundError(f"it has {len(names) or 'no'} class folder"
                                     + (f", {names[0]}; two are needed" if names else "s"))
@@ -987,13 +1003,13 @@ def test_folder(root: Path, classes: list[str]) -> Path:
     """Return test/ or val/ of root, whichever has the training images' classes. Raises BadInput,
     which says what each of them lacks."""
     problems = []
-    for path in (root / "test", root / "val"):
-        names = class_names(path)
+    for folder in (root / "test", root / "val"):
+        names = class_names(folder)
         if names == classes:
-            return path
+            return folder
         odd = min(set(names) ^ set(classes))
-        problems.append(f"{path} " + (
-            "is not there" if not path.is_dir() else "has no class folders" if not names else
+        problems.append(f"{folder} " + (
+            "is not there" if not folder.is_dir() else "has no class folders" if not names else
             f"{'has' if odd in names else 'lacks'} the class {odd!r}, which train/ "
             f"{'has' if odd in classes else 'lacks'}"))
     raise BadInput(f"no test images: {'; '.join(problems)}; --hold-out N tests on training images")
@@ -1024,26 +1040,25 @@ def load_images(dataset: str, args, device, classes: list[str] | None = None):
     if name == "synthetic":
         return synthetic(int(option or 10), size or 32, device, test)
     if name not in ("folder", "imagenet"):
-        if size not in (None, 32):
-            raise BadInput(f"--image-size {size}: the images of {dataset} have 32 pixels")
-        return load_cifar(dataset, args.data, device, test)
-    root = Path(option or args.data).expanduser()
-    path = test_folder(root, classes) if test else root / "train"
+        return load_cifar(dataset, args.data, size or 32, device, test)
+    root = path(option or args.data)
+    where = test_folder(root, classes) if test else root / "train"
     try:
-        folder = Folder(path)
+        folder = Folder(where)
     except OSError as error:
-        raise BadInput(f"no images in {path}: {error}; DIR must hold train/, and test/ or val/, "
+        raise BadInput(f"no images in {where}: {error}; DIR must hold train/, and test/ or val/, "
                        "each with a folder of images per class") from None
     if not test:
         try:
             test_folder(root, folder.classes)
         except BadInput as error:
-            print(f"note: {error}")
+            if not args.hold_out:
+                print(f"note: {error}")
     data = ImageFiles(folder, torch.tensor(folder.targets), folder.classes, size or 224,
                       torch.device(device), args.workers)
     data = read_folder(folder, size, device) if name == "folder" else data
     if not test and (largest := data.pixels(sample_rows(data)).max()) < 32:
-        raise BadInput(f"the images in {path} are nearly black: their largest value is {largest} "
+        raise BadInput(f"the images in {where} are nearly black: their largest value is {largest} "
                        "of 255. 16-bit files must use the whole range up to 65535")
     return data
 
@@ -1053,7 +1068,7 @@ def sample_rows(data) -> np.ndarray:
     return np.linspace(0, len(data.labels) - 1, 16).astype(int)
 
 
-def load_cifar(dataset: str, data: Path, device, test: bool) -> ImageSet:
+def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> ImageSet:
     """Return CIFAR from `data`, downloaded to it by one process, its checksums compared."""
     source = getattr(torchvision.datasets, dataset.upper())
     try:
@@ -1065,8 +1080,10 @@ def load_cifar(dataset: str, data: Path, device, test: bool) -> ImageSet:
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise BadInput(f"{dataset} is not in {data} and cannot be downloaded ({error}): put "
                        f"{source.filename} there, or use --dataset folder --data DIR") from None
-    return image_set(torch.from_numpy(cifar.data).permute(0, 3, 1, 2), cifar.targets,
-                     cifar.classes, device)
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    if size != 32:
+        images = torch.cat([v2.functional.resize(part, [size]) for part in images.split(1000)])
+    return image_set(images, cifar.targets, cifar.classes, device)
 
 
 def read_folder(folder: Folder, image_size: int | None, device) -> ImageSet:
@@ -1130,6 +1147,8 @@ def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
     partition. The held-out ones are the same for every seed, so that another script can test on
     them. subsets: instead of halves, these two shares of every class (PC-DARTS §4.3)."""
     n = len(labels)
+    if hold_out >= n:
+        raise BadInput(f"--hold-out {hold_out}: there are {n} training images")
     order = np.random.default_rng(0).permutation(n)
     held, rest = np.sort(order[:hold_out]), np.sort(order[hold_out:])
     rest = np.random.default_rng([seed, 0]).permutation(rest)
@@ -1155,8 +1174,8 @@ class Stream:
                  flip=True):
         n = batch_size // world_size()
         if batch_size > len(rows):
-            raise BadInput(f"--batch-size {batch_size}: the {name} stream has {len(rows)} images; "
-                           "a search halves the training images; give that or less")
+            raise BadInput(f"--batch-size {batch_size}: there are {len(rows)} images to train on"
+                           f"{', in each half' * (name != 'evaluate')}; give that or less")
         if batch_size % world_size() or n < 2:
             raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
                            "with two images or more for each")
@@ -1214,9 +1233,11 @@ def accuracies(predict, data, rows, batch_size: int, top=(1,)) -> list[float]:
 
 def number(kind, low, high=math.inf):
     """Return an argparse type: an int or float from low to high."""
+    largest = min(high, 2 ** 31 - 1) if kind is int else high
+
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= largest or value == math.inf:
             raise ValueError
         return value
     parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else "")
@@ -1229,13 +1250,9 @@ def dataset_name(text: str) -> str:
     known = name in ("cifar10", "cifar100", "imagenet", "folder", "synthetic") and not colon
     classes = name == "synthetic" and option.isascii() and option.isdigit()
     if known or (name == "folder" and option) or (classes and 2 <= int(option) <= 1000):
-        return text
+        return text.rstrip("/") if option.strip("/") else text
     raise argparse.ArgumentTypeError(f"{text!r} is no data set: cifar10, cifar100, imagenet, "
                                      "folder[:DIR] or synthetic[:CLASSES]")
-
-
-def path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 real, flag = number(float, 0), argparse.BooleanOptionalAction
@@ -1251,16 +1268,17 @@ def reading_processes() -> int:
     """Return how many processes read images by default: one for each core that this process may
     use, shared with the others on the machine under torchrun; at most 8, as each holds batches."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return max(1, min(8, cores // processes))
 
 
 def data_arguments(parser):
     add = parser.add_argument_group("the images").add_argument
     add("--data", type=path, default=Path("data"),
         help="folder with CIFAR (downloaded there if missing), ImageNet or your images")
-    add("--image-size", type=number(int, 8, 512), default=None,
-        help="resize the images of a folder to this many pixels a side (ImageNet's: 224); size of "
-             "synthetic images")
+    add("--image-size", type=number(int, 8, 512),
+        help="resize the images to this many pixels a side; as they are unless given, ImageNet's "
+             "to 224, synthetic ones of 32")
     add("--flip", action=flag, default=True,
         help="mirror half of the training images; use --no-flip where left and right differ "
              "(digits, letters)")
@@ -1268,7 +1286,8 @@ def data_arguments(parser):
         help="number of training images to leave out for evaluate.py to test on; Skillearn's "
              "lambda study leaves out 5000 (§3.2.4)")
     add("--workers", type=number(int, 0), default=reading_processes(),
-        help="processes that read ImageNet's files for each stream; one per core unless given")
+        help="processes that read ImageNet's files for each stream; one per core, at most 8, "
+             "unless given")
 
 
 def search_arguments(parser):
@@ -1303,7 +1322,7 @@ def search_arguments(parser):
     add("--gradient", choices=("difference", "exact"), default="difference",
         help="compute A's gradient by the papers' finite differences, or by exact differentiation "
              "(one process)")
-    add("--subsets", type=number(float, 0, 1), nargs=2, default=None,
+    add("--subsets", type=number(float, 0, 1), nargs=2,
         help="shares of every class that train weights and A; halves unless given, on ImageNet "
              "0.1 0.025 (PC-DARTS §4.3)")
     run_arguments(parser, 10, "compute in bfloat16: bf16 in the passes that train weights, "
@@ -1323,7 +1342,7 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
              "kernels is the bottleneck; never run on a GPU so far")
     add("--deterministic", action=flag, default=False,
         help="use only algorithms that give the same bits every time, on a GPU too; slower")
-    add("--out", type=path, default=None, help="run folder; a new one in runs/ unless given")
+    add("--out", type=path, help="run folder; a new one in runs/ unless given")
     add("--resume", nargs="?", const="yes", default="no", choices=("no", "yes", "auto"),
         help="continue from the run folder's checkpoint; auto: start over if there is none")
     add("--checkpoint-minutes", type=real, default=10,
@@ -1331,7 +1350,7 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
     add("--quick", action=flag, default=False,
         help="finish in one to three minutes: synthetic images of 16 pixels, few cells, channels "
-             "and epochs, high learning rates, search gradients of order 1")
+             "and epochs; a search takes high learning rates and order 1")
 
 
 def search_recipe(chosen, own: dict) -> dict:
@@ -1344,7 +1363,7 @@ def search_recipe(chosen, own: dict) -> dict:
                   {"dataset": "synthetic"})
         recipe = recipe | images | dict(
             image_size=16, channels=4 * min(2, recipe["partial"]), batch_size=50, order=1, lr=0.1,
-            alpha_lr=0.1, log_every=10)
+            alpha_lr=0.1)
         if len(recipe["layers"]) > 1:
             recipe = recipe | dict(epochs=1, warm_up=0)
         else:
@@ -1359,12 +1378,24 @@ def check_search(args):
     if args.warm_up >= args.epochs:
         raise BadInput(f"--warm-up {args.warm_up}: A would learn in none of a stage's "
                        f"{args.epochs} epochs")
+    if args.lr < args.lr_min:
+        raise BadInput(f"--lr {args.lr:g} is below --lr-min {args.lr_min:g}: the rate would rise")
+    if args.gradient == "exact":
+        refuse_unused(args, "with --gradient exact", "radius", "delta_radius")
     if args.channels % (2 * args.partial):
         raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
     if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
         raise BadInput("--gradient exact: needs one process, and not --amp bf16-all")
     if args.subsets and (sum(args.subsets) > 1 or not min(args.subsets) > 0):
         raise BadInput("--subsets: two shares above 0, together at most 1")
+
+
+def refuse_unused(args, where: str, *names: str):
+    """Raise BadInput if one of these arguments is changed, which has no effect there."""
+    for name in names:
+        if name in args.changed:
+            raise BadInput(f"--{name.replace('lam', 'lambda').replace('_', '-')} has no effect "
+                           f"{where}")
 
 
 def parse(parser, argv, method: str, recipe):
@@ -1381,7 +1412,7 @@ def parse(parser, argv, method: str, recipe):
     chosen.quick = False
     standard |= recipe(chosen)
     args.out = args.out or Path("runs") / run_name(method, args, standard)
-    standard = plain(argparse.Namespace(**standard))
+    standard = plain(argparse.Namespace(**standard | {"quick": args.quick}))
     args.changed = {k: v for k, v in plain(args).items() if v != standard.get(k)}
     if starts_anew(args):
         return args, None
@@ -1392,7 +1423,8 @@ def parse(parser, argv, method: str, recipe):
     args = parser.parse_args(argv)
     args.out, args.changed = out, checkpoint["changed"]
     saved = checkpoint["args"] | {"world_size": checkpoint["world_size"]}
-    here = plain(args) | {"world_size": int(os.environ.get("WORLD_SIZE", 1))}
+    processes = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    here = plain(args) | {"world_size": processes}
     for name, value in here.items():
         if kinds(saved.get(name)) != kinds(value) and name not in MAY_CHANGE:
             raise BadInput(f"--resume: the run in {out} has {name} = {saved.get(name)!r}, not "
@@ -1442,7 +1474,7 @@ def run_name(method: str, args, standard: dict) -> str:
 
 def plain(args) -> dict:
     """Return the arguments that a checkpoint keeps, as plain values."""
-    here = ("out", "device", "resume", "quick", "log_every", "own", "changed")
+    here = ("out", "device", "resume", "log_every", "own", "changed")
     return {k: str(v) if k == "data" else v for k, v in vars(args).items() if k not in here}
 
 
@@ -1563,7 +1595,7 @@ def read_checkpoint(folder: Path) -> dict:
             if archive.testzip():
                 raise zipfile.BadZipFile("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"there is no {path}") from None
     except (OSError, RuntimeError, ValueError, EOFError, LookupError, zipfile.BadZipFile,
             zlib.error, pickle.UnpicklingError) as error:
@@ -1770,13 +1802,11 @@ def run(main, argv=None):
             sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
         sys.exit(code)
 
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                        # names and signs of any encoding
-            stream.reconfigure(errors="backslashreplace")
+    print_any_text()
     try:
         main(argv)
     except KeyboardInterrupt:
-        end(130, "interrupted; --resume goes on from the last checkpoint")
+        end(130, "interrupted" + Claim.written * "; --resume goes on from the last checkpoint")
     except BadInput as error:
         end(2, error)
     except NotFinite as error:
@@ -1785,7 +1815,8 @@ def run(main, argv=None):
         end(1 if Claim.written else 2, error)
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            end(1, f"out of memory: lower --batch-size, --channels or --layers ({error})")
+            end(1, "out of memory: lower --batch-size, --channels, --layers or --image-size "
+                   f"({error})")
         if world_size() == 1 or not re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
             raise
         end(1, f"rank {rank()}: another process of this run is gone ({error})")

@@ -142,10 +142,10 @@ def count_params(network: Network) -> float:
 # -------------------------------------------------------------------------------------- arguments
 
 RECIPE_IMAGENET = dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5,
-                       warm_up=5, decay="linear", weight_decay=3e-5, label_smoothing=0.1, cutout=0,
+                       warm_up=5, decay="linear", weight_decay=3e-5, label_smoothing=0.1,
                        drop_path=0.0, image_size=224)          # Skillearn §3.2.2, P-DARTS §4.3
 QUICK = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4, batch_size=50,
-             cutout=4, log_every=10)
+             cutout=4, warm_up=0, log_every=10)
 
 
 def get_args(argv=None):
@@ -158,7 +158,7 @@ def get_args(argv=None):
         help="cifar10, cifar100, imagenet, folder (at --data), folder:DIR, synthetic[:CLASSES]")
     add("--count-params", action=ops.flag, default=False,
         help="print the numbers of parameters and of multiply-adds, and exit")
-    add("--summary", type=ops.path, nargs="+", default=None, metavar="RUNS",
+    add("--summary", type=ops.path, nargs="+", metavar="RUNS",
         help="print a table of the results in these folders, and exit")
     ops.data_arguments(parser)
     add = parser.add_argument_group(
@@ -181,7 +181,8 @@ def get_args(argv=None):
     add("--label-smoothing", type=ops.number(float, 0, 1), default=0.0,
         help="label smoothing of the training loss")
     add("--cutout", type=ops.number(int, 0), default=16,
-        help="side in pixels of the square that is erased from training images; 0: none")
+        help="side in pixels of the square that is erased from training images; half of "
+             "--image-size if that is below 32; 0: none")
     add("--auxiliary", action=ops.flag, default=True, help="train with the auxiliary head")
     add("--auxiliary-weight", type=real, default=0.4,
         help="weight of the auxiliary head's loss")
@@ -191,10 +192,14 @@ def get_args(argv=None):
     ops.run_arguments(parser, 50, "compute in bfloat16", ("off", "bf16"))
     args, checkpoint = ops.parse(parser, argv, "evaluate", lambda chosen: (
         genotypes.recipe(origin(chosen.arch or ""), chosen.dataset)
+        | {"cutout": min(16, (chosen.image_size or 32) // 2)}
         | (RECIPE_IMAGENET if chosen.dataset == "imagenet" else {})
-        | (QUICK if chosen.quick else {})))
+        | (QUICK if chosen.quick else {})
+        | ({"cutout": 0} if chosen.dataset == "imagenet" else {})))
     if not args.arch and not args.summary:
         raise ops.BadInput("--arch: name a cell to evaluate")
+    if not args.auxiliary:
+        ops.refuse_unused(args, "with --no-auxiliary", "auxiliary_weight")
     if args.cutout and args.dataset == "imagenet":
         raise ops.BadInput("--cutout: not for the images of imagenet")
     return args, checkpoint
@@ -202,8 +207,9 @@ def get_args(argv=None):
 
 def origin(arch: str) -> dict:
     """Return a cell's row in the papers' tables, or its own name, and the data it was found on; if
-    it lies in a search's run folder, also that data's fingerprint and what the search cost."""
-    known, file = genotypes.PUBLISHED.get(arch), Path(arch).expanduser()
+    it lies in a search's run folder, also that data's fingerprint, how many of its images the
+    search held out, and what it cost."""
+    known, file = genotypes.PUBLISHED.get(arch), ops.path(arch)
     if known:
         return {"cell": known.row, "found_on": known.found_on}
     other = {"cell": "random" if arch.startswith("random:") else arch, "found_on": ""}
@@ -216,7 +222,7 @@ def origin(arch: str) -> dict:
         args = search["args"]
         return {"cell": genotypes.row(search["method"], args, search["changed"]),
                 "found_on": "+".join(map(ops.kinds, args.get("tasks") or [args["dataset"]])),
-                "found_in": search["data"],
+                "found_in": search["data"], "search_hold_out": args["hold_out"] + 0,
                 "search_days": sum(line["seconds"] for line in history) / 86400
                 * search["world_size"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -231,7 +237,7 @@ def count_parameters(args):
     for an image, both in millions, as JSON."""
     classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
     if classes is None:
-        raise ops.BadInput(f"--count-params: the classes of {args.dataset} are not fixed")
+        raise ops.BadInput("--count-params: for --dataset cifar10, cifar100 or imagenet")
     side = args.image_size or 32
     network = Network(genotypes.load(args.arch), args.channels, classes, args.layers, False,
                       args.dataset == "imagenet").eval()
@@ -249,32 +255,36 @@ def summary(folders: list[Path]) -> str:
     """Return a Markdown table of the results in run folders or in the folders they lie in: a line
     per data set, network, cell and settings, whose seeds it takes together. Data are told apart by
     content. The papers' figures are shown only for their own settings."""
-    groups = {}
-    for folder in folders:
-        def refuse(error):
-            raise ops.BadInput(f"--summary: {error}")
+    def refuse(error):
+        raise ops.BadInput(f"--summary: {error}")
 
-        files = sorted(Path(top) / "result.json" for top, _, names in
-                       os.walk(folder, onerror=refuse) if "result.json" in names)
-        if not files:
-            raise ops.BadInput(f"--summary: there is no result.json in {folder}")
-        for file in files:
-            try:
-                r = json.loads(file.read_text())
-                network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
-                changed = {k: v for k, v in r["changed"].items() if k not in NETWORK}
-                line = (r["test_error"] + 0.0, r["top5_error"] + 0.0, r["params_M"] + 0.0,
-                        json.dumps(r["genotype"]), r.get("search_days"))
-                paper = genotypes.paper_errors(r["cell"], r["found_on"], r["dataset"])
-                on = f" found on {r['found_on']}" if r["dataset"] == "imagenet" else ""
-                how = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))
-                cell = r["cell"] + on + (f", trained with {how}" if how else "")
-                key = (r["data"], network, cell, r["fingerprint"], json.dumps(r.get("found_in")))
-                groups.setdefault(key, (paper if not r["changed"] else ("-", "-"), []))[1].append(
-                    line)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
-                                   ) from None
+    seen, groups, names = {}, {}, {}
+    for folder in folders:
+        for top, inner, files in os.walk(folder, onerror=refuse, followlinks=True):
+            top = Path(top).resolve()
+            if top in seen:                                       # by a link, or named twice
+                inner.clear()
+            seen[top] = "result.json" in files
+    if not any(seen.values()):
+        raise ops.BadInput("--summary: there is no result.json in these folders")
+    for file in sorted(top / "result.json" for top, has_one in seen.items() if has_one):
+        try:
+            r = json.loads(file.read_text())
+            network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
+            changed = {k: v for k, v in r["changed"].items() if k not in NETWORK}
+            top5, days = (None if value is None else value + 0.0
+                          for value in (r["top5_error"], r.get("search_days")))
+            line = r["test_error"] + 0.0, top5, r["params_M"] + 0.0, str(r["genotype"]), days
+            paper = genotypes.paper_errors(r["cell"], r["found_on"], r["dataset"])
+            on = f" found on {r['found_on']}" if r["dataset"] == "imagenet" else ""
+            how = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))
+            cell = r["cell"] + on + (f", trained with {how}" if how else "")
+            data = names.setdefault(r["fingerprint"], r["data"] + "")
+            key = (data, network, cell, r["fingerprint"], json.dumps(r.get("found_in")))
+            groups.setdefault(key, (paper if not r["changed"] else ("-", "-"), []))[1].append(line)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
+                               ) from None
     lines = ["| cell | data | network | test error, % | top-5 | n | parameters, M | search, "
              "device-days | paper: error | top-5 |", "|---" * 10 + "|"]
     for (data, network, cell, *_), (paper, runs) in sorted(groups.items()):
@@ -282,15 +292,18 @@ def summary(folders: list[Path]) -> str:
         found, n = len(set(cells)), len(runs)
         count = f"{n} cells" if found == n > 1 else f"{n} trainings of {found}" if n > 1 else "1"
         days = [d for d in days if d is not None]
+        labels = (" ".join(text.replace("|", "\\|").split()) for text in (cell, data, network))
         lines.append("| " + " | ".join((
-            cell, data, network, spread(errors), spread(top5), count,
-            f"{statistics.mean(params):.3g}", f"{statistics.mean(days):.2g}" if days else "-",
-            *paper)) + " |")
+            *labels, spread(errors), spread(top5), count, f"{statistics.mean(params):.3g}",
+            f"{statistics.mean(days):.2g}" if days else "-", *paper)) + " |")
     return "\n".join(lines)
 
 
 def spread(values) -> str:
-    """Return mean ± standard deviation."""
+    """Return mean ± standard deviation of the values that are not None."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"
 
@@ -328,13 +341,23 @@ def train(args, checkpoint):
     test_data, test_rows = data, held
     if not args.hold_out:
         test_data = ops.load_images(args.dataset, args, device, data.classes)
+        if test_data.size != data.size:
+            raise ops.BadInput("the test images are {} x {} pixels, the training images {} x {}: "
+                               "give --image-size".format(*test_data.size, *data.size))
         test_data.mean, test_data.std = data.mean, data.std
         test_rows = range(len(test_data.labels))
+    if args.cutout >= min(data.size):
+        raise ops.BadInput(f"--cutout {args.cutout}: the images have {min(data.size)} pixels a "
+                           f"side; half of that is --cutout {min(data.size) // 2}")
     network_args = dict(C=args.channels, num_classes=len(data.classes), layers=args.layers,
                         auxiliary=args.auxiliary, imagenet=imagenet, size=list(data.size))
     run = ops.Run("evaluate", args, checkpoint, [data], {
         "network": network_args, "genotype": genotypes.to_json(genotype), "classes": data.classes,
         "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()})
+    cell = origin(args.arch)
+    if run.data[0] in cell.get("found_in", ()) and args.hold_out > cell["search_hold_out"]:
+        raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
+                           f"{cell['search_hold_out']} of these images and learned from the rest")
 
     torch.manual_seed(args.seed)
     network = model = ops.place(Network(genotype, **network_args, amp=args.amp == "bf16"), device)
@@ -365,19 +388,22 @@ def train(args, checkpoint):
         top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size,
                                     top=(1, 5))
     history = run.state["history"]
-    where = args.data.name if args.dataset == "folder" else args.dataset
+    where, many = args.dataset, len(data.classes) > 5
+    if ops.kinds(where) == "folder":
+        where = ops.path(where.partition(":")[2] or args.data).resolve().name
     changed = {k: v for k, v in args.changed.items()
                if k not in ("dataset", "seed", *genotypes.MAY_CHANGE)}
-    result = {"arch": args.arch, **origin(args.arch), "dataset": ops.kinds(args.dataset),
+    result = {"arch": args.arch, **cell, "dataset": ops.kinds(args.dataset),
               "data": where, "fingerprint": run.data[0], "genotype": genotype._asdict(),
-              "test_error": round(100 * (1 - top1), 4), "top5_error": round(100 * (1 - top5), 4),
+              "test_error": round(100 * (1 - top1), 4),
+              "top5_error": round(100 * (1 - top5), 4) if many else None,
               "test_images": len(test_rows), "params_M": round(params, 3), "layers": args.layers,
               "channels": args.channels, "epochs": args.epochs, "seed": args.seed,
               "drop_path": args.drop_path, "changed": changed,
               "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
-    top5_too = f" (top-5 error {100 * (1 - top5):.2f}%)" if len(data.classes) > 5 else ""
+    top5_too = f" (top-5 error {100 * (1 - top5):.2f}%)" if many else ""
     print(f"test error {100 * (1 - top1):.2f}%{top5_too} after the last epoch, on {len(test_rows)} "
           f"images; {args.out}/result.json")
 
@@ -389,7 +415,7 @@ def chosen_genotype(args, checkpoint):
         return genotypes.load(args.arch)
     saved = genotypes.validate(json.loads(checkpoint["genotype"]), str(args.out))
     try:
-        if args.arch == checkpoint["args"]["arch"] and not Path(args.arch).expanduser().exists():
+        if args.arch == checkpoint["args"]["arch"] and not ops.path(args.arch).exists():
             return saved
     except OSError:                                               # a Genotype(...), not a path
         pass
@@ -431,6 +457,10 @@ def load(folder, device="cpu"):
     saved = ops.read_checkpoint(Path(folder))
     if saved["method"] != "evaluate":
         raise ops.BadInput(f"{folder} is a run of {saved['method']}.py, not evaluate.py")
+    done, epochs = len(saved["run"]["history"]), saved["args"]["epochs"]
+    if done < epochs:
+        raise ops.BadInput(f"{folder} has been trained for {done} of {epochs} epochs: --resume "
+                           "goes on")
     genotype = genotypes.validate(json.loads(saved["genotype"]), str(folder))
     network = Network(genotype, **saved["network"])
     network.load_state_dict(saved["parts"]["network"])
@@ -438,6 +468,8 @@ def load(folder, device="cpu"):
     mean, std = (torch.tensor(saved[name]).view(3, 1, 1) for name in ("mean", "std"))
 
     def transform(image):
+        if torch.is_tensor(image) and image.dtype != torch.uint8:
+            raise ops.BadInput(f"an image is a PIL image or a uint8 tensor, not {image.dtype}")
         if torch.is_tensor(image):
             image = v2.functional.to_pil_image(image)
         image = ops.centre(ops.as_rgb(image), size, zoom)

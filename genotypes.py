@@ -14,6 +14,9 @@ import argparse
 import ast
 import html
 import json
+import os
+import re
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -30,6 +33,18 @@ Published = namedtuple("Published", "row found_on source normal reduce")
 
 class BadInput(Exception):
     """The user's input cannot be used; the message is one line that says why."""
+
+
+def path(text: str) -> Path:
+    """Return a path with its leading ~ or ~name replaced by that home folder, if there is one."""
+    return Path(os.path.expanduser(text))
+
+
+def print_any_text():
+    """Let print escape what the terminal's encoding cannot write."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 # Nodes 2 | 3 | 4 | 5, all four concatenated. The LPT cells were published with the authors' code;
@@ -285,27 +300,31 @@ def validate(cell: object, where: str) -> Genotype:
 
 
 def from_text(text: str, where: str) -> Genotype:
-    """Return the last cell that a text holds as Genotype(normal=[...], ...), which DARTS' code and
-    logs print. Nothing in it is executed. Raises BadInput."""
-    start = text.rindex("Genotype(")
-    depth = 0
-    for end in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[end], 0)
-        if text[end] == ")" and depth == 0:
+    """Return the last whole cell that a text holds as Genotype(normal=[...], ...), which DARTS'
+    code and logs print. Nothing in it is executed. Raises BadInput."""
+    for start in reversed([found.start() for found in re.finditer(r"Genotype\(", text)]):
+        depth = 0
+        for end in range(start, len(text)):
+            depth += {"(": 1, ")": -1}.get(text[end], 0)
+            if text[end] == ")" and depth == 0:
+                break
+        try:
+            call = ast.parse(text[start:end + 1], mode="eval").body
+            if len(call.args) > len(Genotype._fields):
+                raise ValueError(f"{len(call.args)} values")
+            values, cell = dict(zip(Genotype._fields, call.args)), {}
+            for name, value in (values | {k.arg: k.value for k in call.keywords}).items():
+                if isinstance(value, ast.Call):                   # range(2, 6)
+                    cell[name] = list(range(*map(ast.literal_eval, value.args)))
+                else:
+                    cell[name] = [list(v[:2]) if isinstance(v, tuple) else v
+                                  for v in ast.literal_eval(value)]
             break
-    try:
-        call = ast.parse(text[start:end + 1], mode="eval").body
-        values = dict(zip(Genotype._fields, call.args)) | {k.arg: k.value for k in call.keywords}
-        cell = {}
-        for name, value in values.items():
-            if isinstance(value, ast.Call):                       # range(2, 6)
-                cell[name] = list(range(*map(ast.literal_eval, value.args)))
-            else:
-                cell[name] = [list(v[:2]) if isinstance(v, tuple) else v
-                              for v in ast.literal_eval(value)]
-    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError,
-            MemoryError) as error:
-        raise BadInput(f"{where} holds no readable Genotype(...): {error}") from None
+        except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError,
+                MemoryError) as error:                            # cut off, or only spoken of
+            problem = error
+    else:
+        raise BadInput(f"{where} holds no readable Genotype(...): {problem}")
     return validate(cell, where)
 
 
@@ -319,13 +338,13 @@ def load(arch: str) -> Genotype:
         return parse(PUBLISHED[arch].normal, PUBLISHED[arch].reduce)
     kind, _, seed = arch.partition(":")
     if kind == "random":
-        if not (seed.isascii() and seed.isdigit()):
+        if not (seed.isascii() and seed.isdigit() and len(seed) < 20):
             raise BadInput(f"--arch {arch}: write random:SEED with a whole number, as random:1")
         return random_cell(int(seed))
     if "Genotype(" in arch:
         return from_text(arch, "--arch")
     try:
-        text = Path(arch).expanduser().read_text(encoding="utf-8-sig")
+        text = path(arch).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise BadInput(f"no cell {arch!r}: neither a file, nor random:SEED, nor one of "
                        + ", ".join(PUBLISHED)) from None
@@ -486,14 +505,16 @@ text.s {{ fill: #1f2328; }}
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print a cell and draw it as an SVG.",
                                      usage=argparse.SUPPRESS)     # so that an error is one line
-    parser.add_argument("arch", help="a published name, a genotype.json or random:SEED; published: "
+    parser.add_argument("arch", help="a published name, a genotype.json, random:SEED, the text "
+                                     "Genotype(...) or a log with it; published: "
                                      + ", ".join(PUBLISHED))
-    parser.add_argument("--out", type=Path, default=None, help="the SVG (default: ARCH.svg here)")
+    parser.add_argument("--out", type=path, help="the SVG (default: ARCH.svg here)")
     args = parser.parse_args(argv)
+    print_any_text()
     try:
-        cell = load(args.arch)
-        out = args.out or Path(Path(args.arch).stem.replace(":", "_") + ".svg")
-        out.write_text(to_svg(cell, args.arch), encoding="utf-8")
+        cell, name = load(args.arch), Path(args.arch).stem.replace(":", "_")
+        out = args.out or Path("genotype.svg" if "Genotype(" in args.arch else f"{name}.svg")
+        out.write_text(to_svg(cell, args.arch), encoding="utf-8", errors="backslashreplace")
     except (BadInput, OSError) as error:
         parser.error(" ".join(str(error).split()))
     known = PUBLISHED.get(args.arch)

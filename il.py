@@ -71,7 +71,7 @@ def get_args(argv=None):
                            "CIFAR (§4.3.1)")
     if args.joint and (args.rounds > 1 or args.lam):
         raise ops.BadInput("--joint: has one round and no coupling")
-    pull = 2 * max(args.lr, args.lr_min) * args.lam / (1 - args.momentum)
+    pull = 2 * args.lr * args.lam / (1 - args.momentum)
     if args.step == "printed" and pull >= 1:
         # an alternating error grows by pull / (2 - pull) from stage to stage
         raise ops.BadInput(f"--step printed diverges along the stages: 2 eta lambda / (1 - mu) = "

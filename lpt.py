@@ -76,8 +76,13 @@ def get_args(argv=None):
     ops.search_arguments(parser)
     args, checkpoint = ops.parse_search(parser, argv, "lpt", lambda chosen: (
         {} if chosen.encoder == "none" else {"batch_size": 64}))                  # §3.2.2
-    if args.encoder == "none" and args.ablation:
-        raise ops.BadInput("--ablation: needs a tester, --encoder none has none")
+    of_tester = "lam", "gamma", "tester_lr", "creator_lr", "creator_weight_decay", "created_test"
+    if args.encoder == "none":
+        ops.refuse_unused(args, "with --encoder none", "ablation", *of_tester)
+    if args.ablation == 1:
+        ops.refuse_unused(args, "with --ablation 1", "encoder", *of_tester)
+    else:
+        ops.refuse_unused(args, "without --ablation 1", "theta_lr")
     return args, checkpoint
 
 
@@ -181,7 +186,7 @@ def tester_loss(tester, creator, train, bank, args):
 def validation_objective(m: Learners, w, ex, bank, val, args):
     """Return (J, R, f) at the weights w and ex = (E, X): J = R - lambda L(E, X, D_er^val), f (N,).
     """
-    (x_bank, y_bank, rows), (x_val, y_val, _) = bank, val
+    x_bank, y_bank, rows = bank
     losses = F.cross_entropy(at_weights(m.testee, w)(x_bank, m.alphas), y_bank,
                              reduction="none")                                    # LPT Eq. 8
     if not m.tester:
@@ -190,7 +195,7 @@ def validation_objective(m: Learners, w, ex, bank, val, args):
             f = torch.sigmoid(m.creator[0])[rows]                                 # LPT Eq. 25
         R = ops.weighted_mean(losses, f)
         return R, R, f
-    tester = at_weights(m.tester, ex)
+    tester, (x_val, y_val, _) = at_weights(m.tester, ex), val
     f = selection(m.creator, tester(x_bank)[1])                                   # LPT Eq. 12
     R = ops.weighted_mean(losses, f)                                              # LPT Eq. 9, 14
     return R - args.lam * F.cross_entropy(tester(x_val)[0], y_val), R, f          # LPT Eq. 15, 19
@@ -332,6 +337,8 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     tester_fields = new_tester(args, data, device)
+    if "tester" not in tester_fields:
+        streams[2] = lambda step: None                         # D_er^val is the tester's alone
     for stage in ops.stages(run):                              # several in P-DARTS: a new testee
         (testee,), (testee_opt,), alphas, alpha_opt = ops.new_stage(
             run, [len(data.classes)], device)
@@ -347,7 +354,7 @@ def main(argv=None):
                 run.log(**algorithm_2(m, batches, args, learns, run.at))
 
             figures, f = {}, None
-            if args.ablation == 1 and m.creator:
+            if args.ablation == 1:
                 f = torch.sigmoid(m.creator[0].detach())[val_rows]
             with ops.evaluating(testee, *([m.tester] if m.tester else [])):
                 figures["val_accuracy"], = ops.accuracies(lambda x: testee(x, alphas), data,

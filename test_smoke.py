@@ -1405,6 +1405,17 @@ def test_a_cell_as_others_write_it(tmp_path):
     assert "0.5" in triples and genotypes.load(triples) == cell
 
 
+@pytest.mark.parametrize("end", ["\ngenotype = Genotype(normal=[('sep_co", "\nsaw Genotype(...)"])
+def test_the_last_whole_cell_of_a_log(end, tmp_path, monkeypatch):
+    """Of a search that was killed as it printed; and the name of its drawing."""
+    cell, old = genotypes.load("DARTS_V2"), genotypes.load("DARTS_V1")
+    assert genotypes.load(f"{old} then {cell}{end}") == cell
+    monkeypatch.chdir(tmp_path)
+    genotypes.main([repr(cell)])
+    genotypes.main(["random:1"])
+    assert sorted(os.listdir()) == ["genotype.svg", "random_1.svg"]
+
+
 GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
 
 
@@ -1423,7 +1434,8 @@ GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
         {"normal_concat": [2, 4, 5]}, {"reduce_concat": [4, 5]},         # nothing reads node 3
         {"normal": [["skip_connect", 0], ["skip_connect", 1]] * 4, "normal_concat": [3, 4, 5]}]),
     json.dumps({k: v for k, v in GOOD.items() if k != "reduce"}), "\x00\xff", "Genotype(",
-    "Genotype(normal=1)", "Genotype(print('executed'))", "Genotype(normal=[].append(3))"],
+    "Genotype(normal=1)", "Genotype(print('executed'))", "Genotype(normal=[].append(3))",
+    "Genotype({}, {}, {}, {}, 5)".format(*genotypes.load("DARTS_V2"))],
     ids=lambda t: t[:30])
 def test_malformed_genotypes(text, tmp_path, capsys):
     (tmp_path / "g.json").write_text(text)
@@ -1494,11 +1506,16 @@ def test_summary_of_results(tmp_path, capsys):
     write("d", cell="random", found_on="", search_days=None, epochs=5, changed={"epochs": 5})
     write("e", test_error=30.0, fingerprint="2")                   # other data of the same name
     write("f", test_error=10.0, changed={"label_smoothing": 0.1})  # other settings
-    write("g", cell="LPT-R18-P-DARTS", dataset="imagenet", data="imagenet")
+    write("g", cell="LPT-R18-P-DARTS", dataset="imagenet", data="imagenet",
+          fingerprint="3")
     write("h", cell="LPT-R18-P-DARTS", found_on="cifar10")         # not where the paper found it
-    for name in "ij":
-        write(name, cell="LeaSE-R18-DARTS-2nd", genotype=name, found_in=["3"])
-    assert run_script(evaluate, "--summary", tmp_path) == 0
+    for name in "ij":                                              # the same data in two places
+        write(name, cell="LeaSE-R18-DARTS-2nd", genotype=name, found_in=["3"], data=name,
+              top5_error=None, fingerprint="4")
+    write("k", cell="a|b", data="x\ny", fingerprint="5")
+    (tmp_path / "l").symlink_to("a")
+    (tmp_path / "b" / "up").symlink_to("..")
+    assert run_script(evaluate, "--summary", tmp_path, tmp_path / "a", tmp_path / "l") == 0
     full, lines = "20 cells, C 36, 600 epochs", capsys.readouterr().out.splitlines()
     assert sorted(lines[2:]) == sorted(f"| {line} |" for line in (
         f"LPT-R18-DARTS-2nd | cifar100 | {full} | 21.00 ± 1.00 | 5.00 ± 0.00 | 3 trainings of 2 | "
@@ -1509,12 +1526,19 @@ def test_summary_of_results(tmp_path, capsys):
         "1 | 2 | 1 | - | -",
         f"LPT-R18-P-DARTS found on cifar100 | imagenet | {full} | 20.00 | 5.00 | 1 | 2 | 1 | 24.0 "
         "| 7.1", f"LPT-R18-P-DARTS | cifar100 | {full} | 20.00 | 5.00 | 1 | 2 | 1 | - | -",
-        f"LeaSE-R18-DARTS-2nd | cifar100 | {full} | 20.00 ± 0.00 | 5.00 ± 0.00 | 2 cells | 2 | 1 | "
-        "19.26 | -"))
+        f"LeaSE-R18-DARTS-2nd | i | {full} | 20.00 ± 0.00 | - | 2 cells | 2 | 1 | 19.26 | -",
+        f"a\\|b | x y | {full} | 20.00 | 5.00 | 1 | 2 | 1 | - | -"))
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     (tmp_path / "z").mkdir()
-    assert run_script(evaluate, "--summary", tmp_path / "a", tmp_path / "z") == 2
-    for text in ("", "[]", "{}", '{"layers": 1, "channels": 1, "epochs": 1, "changed": []}'):
+    assert run_script(evaluate, "--summary", tmp_path / "a", tmp_path / "z") == 0
+    assert run_script(evaluate, "--summary", tmp_path / "z") == 2  # there is none
+    (tmp_path / "z" / "link").symlink_to("../a")
+    assert run_script(evaluate, "--summary", tmp_path / "z") == 0
+    assert run_script(evaluate, "--summary", tmp_path / "a", tmp_path / "nowhere") == 2
+    whole = json.loads((tmp_path / "a" / "result.json").read_text())
+    for text in ("", "[]", "{}", '{"layers": 1, "channels": 1, "epochs": 1, "changed": []}',
+                 *(json.dumps(whole | wrong) for wrong in (
+                     {"data": None}, {"data": 3}, {"search_days": "a"}, {"top5_error": "a"}))):
         (tmp_path / "z" / "result.json").write_text(text)
         capsys.readouterr()
         assert run_script(evaluate, "--summary", tmp_path) == 2
@@ -1570,9 +1594,16 @@ def test_a_trained_network_in_ones_own_code(tmp_path, monkeypatch, capsys):
     assert json.loads(Path("runs/network/result.json").read_text()) == result
     assert Path("runs/network/checkpoint.pt").read_bytes() == before
     assert run_script(lpt, *TINY, "--epochs", 1, "--out", "runs/search") == 0
-    for folder, word in (("runs/search", "a run of lpt.py"), ("runs/none", "there is no")):
+    interrupted(evaluate, [*TINY, "--arch", "random:1", "--epochs", 2, "--checkpoint-minutes", 0],
+                Path("runs/half"), monkeypatch, [7])
+    for folder, word in (("runs/search", "a run of lpt.py"), ("runs/none", "there is no"),
+                         ("runs/network/checkpoint.pt", "there is no"),
+                         ("runs/half", "trained for 1 of 2 epochs")):
         with pytest.raises(ops.BadInput, match=word):
             evaluate.load(folder)
+    for pixels in (test.images[-1].float(), test.images[-1].long()):
+        with pytest.raises(ops.BadInput, match="uint8"):
+            transform(pixels)
 
 
 def numbers(text):
@@ -1737,6 +1768,49 @@ def test_the_learning_rate_of_an_evaluation():
         pytest.approx(0.0125)) and evaluate.learning_rate(args, 599) < 1e-6
 
 
+def test_settings_that_follow_from_others(tmp_path, monkeypatch, capsys):
+    """The cutout from the size; --quick on real images; a folder's name without its last slash;
+    what a resumed search recommends; no promise to resume where there is no checkpoint."""
+    def cutout(*argv):
+        return evaluate.get_args(["--arch", "x", *argv])[0].cutout
+
+    assert [cutout(), cutout("--image-size", "20"), cutout("--image-size", "64"), cutout("--quick"),
+            cutout("--quick", "--dataset", "imagenet")] == [16, 10, 16, 4, 0]
+    assert "quick" not in lpt.get_args(["--quick"])[0].changed     # which a row would name
+    assert [ops.dataset_name(f"folder:{name}") for name in ("a/b//", "/")] == [
+        "folder:a/b", "folder:/"]
+    monkeypatch.chdir(tmp_path)
+    argv = ["--quick", "--image-size", 8, "--channels", 2, "--epochs", 1, "--out", "a"]
+    assert run_script(lpt, *argv) == run_script(lpt, "--resume", "--out", "a") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "evaluate.py" in line]
+    assert len(said) == 2 and said[0] == said[1] and said[0].endswith(" --quick")
+    monkeypatch.setattr(ops, "load_images", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+    assert run_script(lpt, *TINY, "--out", "b") == 130
+    assert one_line(capsys) == "error: interrupted\n" and not Path("b").exists()
+
+
+def test_a_cell_is_not_tested_on_images_that_its_search_saw(tmp_path, capsys):
+    assert run_script(lpt, *TINY, "--epochs", 1, "--hold-out", 60, "--encoder", "none", "--out",
+                      tmp_path / "search") == 0
+    for held, code in ((40, 0), (80, 2)):
+        assert run_script(evaluate, *TINY, "--arch", tmp_path / "search" / "genotype.json",
+                          "--epochs", 1, "--hold-out", held, "--out", tmp_path / str(held)) == code
+    assert "held out 60 of these images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv,names", [([], {"train", "bank", "val"}), (
+    ["--encoder", "none"], {"train", "bank"}), (["--ablation", 1], {"train", "bank"})])
+def test_lpt_reads_what_it_uses(argv, names, tmp_path, monkeypatch):
+    make, read = ops.Stream.__init__, set()
+    monkeypatch.setattr(ops.Stream, "__init__", lambda stream, *given, **more: (
+        make(stream, *given, **more), setattr(stream, "name", given[4]))[0])
+    call = ops.Stream.__call__
+    monkeypatch.setattr(ops.Stream, "__call__", lambda stream, step: (
+        read.add(stream.name), call(stream, step))[1])
+    assert run_script(lpt, *TINY, *FIRST, *argv, "--epochs", 1, "--out", tmp_path / "run") == 0
+    assert read == names
+
+
 def test_help_shows_the_defaults_of_the_chosen_base(capsys):
     with pytest.raises(SystemExit):
         lpt.main(["--help", "--base", "pdarts"])
@@ -1748,7 +1822,7 @@ def test_help_shows_the_defaults_of_the_chosen_base(capsys):
 
 def images(dataset, data="data", size=None, workers=0, classes=None):
     """Its training images, or its test images if the training images' classes are given."""
-    args = argparse.Namespace(data=data, image_size=size, workers=workers)
+    args = argparse.Namespace(data=data, image_size=size, workers=workers, hold_out=0)
     return ops.load_images(dataset, args, "cpu", classes)
 
 
@@ -1758,6 +1832,8 @@ def test_streams_are_pure_shuffled_and_independent():
     assert sorted([*train, *val, *held]) == list(range(2000)) and len(train) == len(val) == 950
     assert np.array_equal(held, ops.split_rows(data.labels, seed=4, hold_out=100)[2])
     assert not np.array_equal(train, ops.split_rows(data.labels, seed=4, hold_out=100)[0])
+    with pytest.raises(ops.BadInput, match="--hold-out 2000: there are 2000 training images"):
+        ops.split_rows(data.labels, seed=3, hold_out=2000)
     streams = [ops.Stream(data, val, 64, 3, name) for name in ("bank", "val", "bank")]
     drawn = [torch.cat([s(i)[2] for i in range(streams[0].epoch_steps())]) for s in streams]
     assert sorted(drawn[0][:950].tolist()) == sorted(val)          # each image once a pass
@@ -1882,6 +1958,10 @@ def test_cifar_files(kind, tmp_path, monkeypatch):
     assert torch.equal(test.images.flatten(1), torch.from_numpy(pixels))
     assert torch.allclose(train.mean.flatten(), (train.images / 255.).mean((0, 2, 3)), atol=1e-4)
     assert torch.allclose(train.std.flatten(), (train.images / 255.).std((0, 2, 3)), atol=1e-4)
+    half = images(kind.lower(), tmp_path, 16)                      # as --quick has them
+    as_pil = [torchvision.transforms.functional.pil_to_tensor(ops.centre(
+        torchvision.transforms.functional.to_pil_image(image), (16, 16))) for image in train.images]
+    assert (half.images.int() - torch.stack(as_pil).int()).abs().max() <= 1
 
 
 def offline(*args, **kwargs):
@@ -1933,6 +2013,7 @@ def test_folder_of_images(tmp_path, capsys):
     (root / "train" / "cat" / "notes.txt").write_text("left out")
     (root / "train" / ".cache").mkdir()                            # neither a class nor images
     (root / "train" / "cat" / "._0.png").write_text("")
+    shutil.copytree(root / "train" / "dog", root / "train" / "dog" / ".ipynb_checkpoints")
     data = images("folder", root)
     assert data.images.shape == (24, 3, 12, 12) and data.classes == ["cat", "dog"]
     assert "by extension: {'.txt': 1}" in capsys.readouterr().out
@@ -1970,6 +2051,12 @@ def test_images_of_every_mode(tmp_path):
             (make(np.stack([grey, 0 * grey + 255], 2)), np.stack([grey] * 3, 2)),
             (make(grey > 99), np.stack([255 * (grey > 99)] * 3, 2))):
         assert np.array_equal(np.asarray(ops.as_rgb(image)), expected), image.mode
+    exif = ops.Image.Exif()
+    exif[0x112] = 6                                                # a camera on its side
+    for damaged in (False, True):
+        make(rgb[:, :6]).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF" if damaged else exif)
+        with ops.Image.open(tmp_path / "a.png") as image:
+            assert ops.as_rgb(image).size == ((6, 8) if damaged else (8, 6))
     at = np.asarray(palette) == 0
     assert (np.asarray(ops.as_rgb(palette))[at] == 255).all() and at.any()
     for pixels in (grey.astype(np.int32) * 70000, grey.astype(np.float32), grey / np.float32(-9)):
@@ -2111,9 +2198,10 @@ def test_reading_asks_for_no_gpu_and_shares_the_cores(tmp_path, monkeypatch):
     list(data.read([]))
     assert asked == [False, True]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    for processes, expected in ((None, 8), (4, 3), (24, 1)):
+    for processes, expected in (("", 8), (4, 3), (24, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))     # of no torchrun, without RANK
         if processes:
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+            monkeypatch.setenv("RANK", "0")
         assert ops.reading_processes() == expected
 
 
@@ -2141,7 +2229,7 @@ def test_imagenet_however_its_reading_processes_start(tmp_path, started, capsys)
                                   for folder in (run, at)]
         result = json.loads((at / "result.json").read_text())
         assert (run / "tests.png").exists() and result["test_images"] == 36
-        assert result["top5_error"] == 0 and result["drop_path"] == 0
+        assert result["top5_error"] is None and result["drop_path"] == 0
     multiprocessing.set_start_method(before, force=True)
     first, *others = found.values()
     assert all(same(a, b) for other in others for a, b in zip(first, other))
@@ -2156,7 +2244,7 @@ BAD = [
     (lpt, [*TINY, "--batch-size", 5000]), (lpt, ["--resume", "--out", "nowhere"]),
     (lpt, ["--dataset", "folder", "--data", "nowhere"]),
     (lpt, ["--dataset", "imagenet", "--data", "nowhere"]),
-    (lpt, ["--dataset", "cifar10", "--image-size", 64]), (lpt, ["--dataset", "cifar100"]),
+    (lpt, ["--dataset", "cifar100"]), (lpt, ["--dataset", "folder:~no-such-user/images"]),
     (lpt, ["--dataset", "folder", "--data", "empty"]),
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
     *((lpt, [*TINY, "--epochs", 1, *wrong]) for wrong in (
@@ -2164,7 +2252,11 @@ BAD = [
         ["--channels", 3], ["--batch-size", 2, "--subsets", 0.9, 0.2],
         ["--batch-size", 2, "--subsets", 0, 0.5],
         ["--base", "pdarts", "--layers", 3, 3, "--warm-up", 0], ["--candidates", 5],
-        ["--out", "full/notes.txt/run"], ["--resume", "maybe"])),
+        ["--out", "full/notes.txt/run"], ["--resume", "maybe"], ["--seed", 2 ** 64],
+        ["--lr", 0.0005], ["--theta-lr", 1], ["--encoder", "none", "--gamma", 7],
+        ["--encoder", "none", "--ablation", 1], ["--ablation", 1, "--encoder", "resnet50"],
+        ["--gradient", "exact", "--radius", 0.1])),
+    (lease, [*LEASE, "--gradient", "exact", "--delta-radius", 0.1]),
     (lpt, ["--dataset", "folder", "--data", "black"]),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "full"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
@@ -2176,6 +2268,12 @@ BAD = [
     (lease, ["--weighting", "unsigned"]), (lease, ["--audience", "vgg"]),
     (lease, ["--dataset", "folder:nowhere"]), (lease, [*TINY, "--delta-scale", 0]),
     (evaluate, []), (evaluate, ["--arch", "NOPE"]), (evaluate, ["--arch", "random:x"]),
+    (evaluate, ["--arch", "random:" + "9" * 5000]), (evaluate, ["--arch", "~no-such-user/x.json"]),
+    (evaluate, [*TINY, "--arch", "DARTS_V2", "--cutout", 8]),
+    (evaluate, [*TINY, "--arch", "DARTS_V2", "--no-auxiliary", "--auxiliary-weight", 1]),
+    (evaluate, [*TINY, "--arch", "DARTS_V2", "--hold-out", 2000]),
+    (evaluate, ["--arch", "DARTS_V2", "--dataset", "folder:other-size", *SMALL[2:6], "--batch-size",
+                6, "--epochs", 1, "--cutout", 4]),
     (evaluate, ["--arch", "full"]),
     (evaluate, [*TINY, "--epochs", 1, "--arch", "DARTS_V2", "--out", "full"]),
     (evaluate, [*TINY, "--arch", "DARTS_V2", "--drop-path", 1.5]),
@@ -2193,6 +2291,8 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
     corrupt = next((write_folder(tmp_path / "corrupt") / "train" / "cat").iterdir())
     corrupt.write_bytes(corrupt.read_bytes()[:200])
     write_folder(tmp_path / "untested", parts=("train",))
+    for file in write_folder(tmp_path / "other-size").glob("test/*/*"):
+        ops.Image.new("L", (12, 16), 255).save(file)
     for file in write_folder(tmp_path / "black").glob("train/*/*"):
         ops.Image.new("L", (12, 12), 31).save(file)
     (tmp_path / "full").mkdir()
@@ -2775,6 +2875,9 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path, capsys, monkeypatc
     assert run_script(lpt, "--resume", "--device", "cpu", "--out", tmp_path / "lpt") == 2
     assert "the data is not that" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_script(lpt, "--resume", "--out", tmp_path / "lpt") == 2
+    assert "the data" in capsys.readouterr().err                   # no torchrun without RANK
+    monkeypatch.setenv("RANK", "0")
     assert run_script(lpt, "--resume", "--out", tmp_path / "lpt") == 2
     assert "world_size" in capsys.readouterr().err
 
