@@ -1277,8 +1277,8 @@ def data_arguments(parser):
     add("--data", type=path, default=Path("data"),
         help="folder with CIFAR (downloaded there if missing), ImageNet or your images")
     add("--image-size", type=number(int, 8, 512),
-        help="resize the images to this many pixels a side; as they are unless given, ImageNet's "
-             "to 224, synthetic ones of 32")
+        help="pixels a side that images are resized to; unless given, ImageNet's have 224, "
+             "synthetic ones 32, and others stay as they are")
     add("--flip", action=flag, default=True,
         help="mirror half of the training images; use --no-flip where left and right differ "
              "(digits, letters)")
