@@ -71,6 +71,10 @@ def get_args(argv=None):
                            "CIFAR (§4.3.1)")
     if args.joint and (args.rounds > 1 or args.lam):
         raise ops.BadInput("--joint: has one round and no coupling")
+    if not args.lam:
+        ops.refuse_unused(args, "without a coupling", "step")
+    if args.order == 1:
+        ops.refuse_unused(args, "at --order 1", "radius")
     pull = 2 * args.lr * args.lam / (1 - args.momentum)
     if args.step == "printed" and pull >= 1:
         # an alternating error grows by pull / (2 - pull) from stage to stage

@@ -70,9 +70,12 @@ def get_args(argv=None):
     add("--audience-lr", type=ops.real, default=0.025,
         help="learning rate of the audience's W: SGD, cosine decay to 0 (§3.2)")
     ops.search_arguments(parser)
-    return ops.parse_search(parser, argv, "lease", lambda chosen: {
+    args, checkpoint = ops.parse_search(parser, argv, "lease", lambda chosen: {
         "batch_size": 64,                                                    # §3.2
         "warm_up": ops.BASES[chosen.base]["warm_up"] or int(chosen.epochs != 1)})  # departure 9
+    if not args.gamma:
+        ops.refuse_unused(args, "with --gamma 0", "delta_radius")
+    return args, checkpoint
 
 
 # --------------------------------------------------------------------------------------- learners

@@ -83,6 +83,8 @@ def get_args(argv=None):
         ops.refuse_unused(args, "with --ablation 1", "encoder", *of_tester)
     else:
         ops.refuse_unused(args, "without --ablation 1", "theta_lr")
+    if args.order == 1 and (args.encoder == "none" or args.ablation == 1):
+        ops.refuse_unused(args, "at --order 1 without a tester", "radius")
     return args, checkpoint
 
 
