@@ -665,7 +665,7 @@ def graphed(function):
                 print(f"--graphs: {function.__name__} cannot be recorded; this run goes on without "
                       f"it ({str(error).splitlines()[0]})", flush=True)
                 args.graphs, m.recordings = False, {}
-            if not args.graphs:
+            if not args.graphs:                                   # the failed one's memory is free
                 return function(m, batches, args, *more)
         graph, recorded, result = m.recordings[key]
         with torch.no_grad():
@@ -973,7 +973,7 @@ class Folder(torchvision.datasets.ImageFolder):
 
         def is_image(file):
             ending = Path(file).suffix.lower()
-            hidden = any(part.startswith(".") for part in Path(file).relative_to(root).parts)
+            hidden = f"{os.sep}." in file.removeprefix(str(root))
             left_out[ending or "no ending"] += not hidden and ending not in endings
             return not hidden and ending in endings
 
@@ -1048,12 +1048,11 @@ def load_images(dataset: str, args, device, classes: list[str] | None = None):
     except OSError as error:
         raise BadInput(f"no images in {where}: {error}; DIR must hold train/, and test/ or val/, "
                        "each with a folder of images per class") from None
-    if not test:
+    if not test and not args.hold_out:
         try:
             test_folder(root, folder.classes)
         except BadInput as error:
-            if not args.hold_out:
-                print(f"note: {error}")
+            print(f"note: {error}")
     data = ImageFiles(folder, torch.tensor(folder.targets), folder.classes, size or 224,
                       torch.device(device), args.workers)
     data = read_folder(folder, size, device) if name == "folder" else data
@@ -1412,7 +1411,8 @@ def parse(parser, argv, method: str, recipe):
     chosen.quick = False
     standard |= recipe(chosen)
     args.out = args.out or Path("runs") / run_name(method, args, standard)
-    standard = plain(argparse.Namespace(**standard | {"quick": args.quick}))
+    standard["quick"] = args.quick                                # its settings are the change
+    standard = plain(argparse.Namespace(**standard))
     args.changed = {k: v for k, v in plain(args).items() if v != standard.get(k)}
     if starts_anew(args):
         return args, None
@@ -1502,6 +1502,11 @@ class Claim:
             raise BadInput(f"{folder}: another run is using this folder") from None
         except OSError:                                           # a file system without locks
             pass
+
+    @classmethod
+    def holds_checkpoint(cls) -> bool:
+        """Return whether the run in this folder can be resumed."""
+        return bool(cls.lock) and Path(cls.lock.name).with_name("checkpoint.pt").exists()
 
     @classmethod
     def drop(cls):
@@ -1806,7 +1811,8 @@ def run(main, argv=None):
     try:
         main(argv)
     except KeyboardInterrupt:
-        end(130, "interrupted" + Claim.written * "; --resume goes on from the last checkpoint")
+        end(130, "interrupted" + ("; --resume goes on from the last checkpoint"
+                                  if Claim.holds_checkpoint() else ""))
     except BadInput as error:
         end(2, error)
     except NotFinite as error:

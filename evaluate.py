@@ -145,7 +145,15 @@ RECIPE_IMAGENET = dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0
                        warm_up=5, decay="linear", weight_decay=3e-5, label_smoothing=0.1,
                        drop_path=0.0, image_size=224)          # Skillearn §3.2.2, P-DARTS §4.3
 QUICK = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4, batch_size=50,
-             cutout=4, warm_up=0, log_every=10)
+             warm_up=0, log_every=10)
+
+
+def recipe(chosen) -> dict:
+    """Return the defaults for the chosen cell, data set, image size and --quick."""
+    imagenet, size = chosen.dataset == "imagenet", chosen.image_size or 32
+    cutout = 0 if imagenet else 4 if chosen.quick else min(16, size // 2)
+    return (genotypes.recipe(origin(chosen.arch or ""), chosen.dataset) | {"cutout": cutout}
+            | (RECIPE_IMAGENET if imagenet else {}) | (QUICK if chosen.quick else {}))
 
 
 def get_args(argv=None):
@@ -190,12 +198,7 @@ def get_args(argv=None):
         help="rate of drop-path at the end of a linear rise; 0.3 for cells of P-DARTS and "
              "PC-DARTS")
     ops.run_arguments(parser, 50, "compute in bfloat16", ("off", "bf16"))
-    args, checkpoint = ops.parse(parser, argv, "evaluate", lambda chosen: (
-        genotypes.recipe(origin(chosen.arch or ""), chosen.dataset)
-        | {"cutout": min(16, (chosen.image_size or 32) // 2)}
-        | (RECIPE_IMAGENET if chosen.dataset == "imagenet" else {})
-        | (QUICK if chosen.quick else {})
-        | ({"cutout": 0} if chosen.dataset == "imagenet" else {})))
+    args, checkpoint = ops.parse(parser, argv, "evaluate", recipe)
     if not args.arch and not args.summary:
         raise ops.BadInput("--arch: name a cell to evaluate")
     if not args.auxiliary:
@@ -291,7 +294,7 @@ def summary(folders: list[Path]) -> str:
         errors, top5, params, cells, days = zip(*runs)
         found, n = len(set(cells)), len(runs)
         count = f"{n} cells" if found == n > 1 else f"{n} trainings of {found}" if n > 1 else "1"
-        days = [d for d in days if d is not None]
+        top5, days = ([v for v in values if v is not None] for values in (top5, days))
         labels = (" ".join(text.replace("|", "\\|").split()) for text in (cell, data, network))
         lines.append("| " + " | ".join((
             *labels, spread(errors), spread(top5), count, f"{statistics.mean(params):.3g}",
@@ -300,8 +303,7 @@ def summary(folders: list[Path]) -> str:
 
 
 def spread(values) -> str:
-    """Return mean ± standard deviation of the values that are not None."""
-    values = [value for value in values if value is not None]
+    """Return mean ± standard deviation; "-" of no values."""
     if not values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -347,8 +349,8 @@ def train(args, checkpoint):
         test_data.mean, test_data.std = data.mean, data.std
         test_rows = range(len(test_data.labels))
     if args.cutout >= min(data.size):
-        raise ops.BadInput(f"--cutout {args.cutout}: the images have {min(data.size)} pixels a "
-                           f"side; half of that is --cutout {min(data.size) // 2}")
+        raise ops.BadInput(f"--cutout {args.cutout} erases whole images of {min(data.size)} "
+                           f"pixels; --cutout {min(data.size) // 2} is half their side")
     network_args = dict(C=args.channels, num_classes=len(data.classes), layers=args.layers,
                         auxiliary=args.auxiliary, imagenet=imagenet, size=list(data.size))
     run = ops.Run("evaluate", args, checkpoint, [data], {
@@ -459,8 +461,8 @@ def load(folder, device="cpu"):
         raise ops.BadInput(f"{folder} is a run of {saved['method']}.py, not evaluate.py")
     done, epochs = len(saved["run"]["history"]), saved["args"]["epochs"]
     if done < epochs:
-        raise ops.BadInput(f"{folder} has been trained for {done} of {epochs} epochs: --resume "
-                           "goes on")
+        raise ops.BadInput(f"{folder} has been trained for {done} of {epochs} epochs; finish it "
+                           "with --resume")
     genotype = genotypes.validate(json.loads(saved["genotype"]), str(folder))
     network = Network(genotype, **saved["network"])
     network.load_state_dict(saved["parts"]["network"])
@@ -468,9 +470,9 @@ def load(folder, device="cpu"):
     mean, std = (torch.tensor(saved[name]).view(3, 1, 1) for name in ("mean", "std"))
 
     def transform(image):
-        if torch.is_tensor(image) and image.dtype != torch.uint8:
-            raise ops.BadInput(f"an image is a PIL image or a uint8 tensor, not {image.dtype}")
         if torch.is_tensor(image):
+            if image.dtype != torch.uint8:
+                raise ops.BadInput(f"an image is a PIL image or a uint8 tensor, not {image.dtype}")
             image = v2.functional.to_pil_image(image)
         image = ops.centre(ops.as_rgb(image), size, zoom)
         return ops.normalised(v2.functional.pil_to_tensor(image)[None], mean, std)[0]

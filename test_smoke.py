@@ -1411,9 +1411,11 @@ def test_the_last_whole_cell_of_a_log(end, tmp_path, monkeypatch):
     cell, old = genotypes.load("DARTS_V2"), genotypes.load("DARTS_V1")
     assert genotypes.load(f"{old} then {cell}{end}") == cell
     monkeypatch.chdir(tmp_path)
-    genotypes.main([repr(cell)])
-    genotypes.main(["random:1"])
-    assert sorted(os.listdir()) == ["genotype.svg", "random_1.svg"]
+    Path("\udcff.json").write_text(genotypes.to_json(cell))        # a name that is not UTF-8
+    for arch in (repr(cell), "random:1", "\udcff.json"):
+        subprocess.run([sys.executable, HERE / "genotypes.py", arch], check=True,
+                       env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert sorted(os.listdir()) == ["genotype.svg", "random_1.svg", "\udcff.json", "\udcff.svg"]
 
 
 GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
@@ -1492,7 +1494,7 @@ def test_the_rows_of_the_papers_tables():
         assert genotypes.paper_errors(cell.row, cell.found_on, cell.found_on)[0] != "-", cell.row
 
 
-def test_summary_of_results(tmp_path, capsys):
+def test_summary_of_results(tmp_path, monkeypatch, capsys):
     """Means and deviations by hand; what is told apart; the papers' values; what is no result."""
     def write(name, **changes):
         (tmp_path / name).mkdir()
@@ -1506,16 +1508,19 @@ def test_summary_of_results(tmp_path, capsys):
     write("d", cell="random", found_on="", search_days=None, epochs=5, changed={"epochs": 5})
     write("e", test_error=30.0, fingerprint="2")                   # other data of the same name
     write("f", test_error=10.0, changed={"label_smoothing": 0.1})  # other settings
-    write("g", cell="LPT-R18-P-DARTS", dataset="imagenet", data="imagenet",
-          fingerprint="3")
+    write("g", cell="LPT-R18-P-DARTS", dataset="imagenet", data="imagenet", fingerprint="3")
     write("h", cell="LPT-R18-P-DARTS", found_on="cifar10")         # not where the paper found it
     for name in "ij":                                              # the same data in two places
         write(name, cell="LeaSE-R18-DARTS-2nd", genotype=name, found_in=["3"], data=name,
               top5_error=None, fingerprint="4")
     write("k", cell="a|b", data="x\ny", fingerprint="5")
     (tmp_path / "l").symlink_to("a")
-    (tmp_path / "b" / "up").symlink_to("..")
+    (tmp_path / "b" / "up").symlink_to("..")                       # walked once all the same
+    walk, walked = os.walk, []
+    monkeypatch.setattr(os, "walk", lambda *given, **more: (
+        walked.append(each) or each for each in walk(*given, **more)))
     assert run_script(evaluate, "--summary", tmp_path, tmp_path / "a", tmp_path / "l") == 0
+    assert len(walked) < 30
     full, lines = "20 cells, C 36, 600 epochs", capsys.readouterr().out.splitlines()
     assert sorted(lines[2:]) == sorted(f"| {line} |" for line in (
         f"LPT-R18-DARTS-2nd | cifar100 | {full} | 21.00 ± 1.00 | 5.00 ± 0.00 | 3 trainings of 2 | "
@@ -1787,6 +1792,8 @@ def test_settings_that_follow_from_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ops, "load_images", unittest.mock.Mock(side_effect=KeyboardInterrupt))
     assert run_script(lpt, *TINY, "--out", "b") == 130
     assert one_line(capsys) == "error: interrupted\n" and not Path("b").exists()
+    assert run_script(lpt, "--resume", "--out", "a") == 130
+    assert "--resume goes on from the last checkpoint" in one_line(capsys)
 
 
 def test_a_cell_is_not_tested_on_images_that_its_search_saw(tmp_path, capsys):
@@ -1801,12 +1808,18 @@ def test_a_cell_is_not_tested_on_images_that_its_search_saw(tmp_path, capsys):
 @pytest.mark.parametrize("argv,names", [([], {"train", "bank", "val"}), (
     ["--encoder", "none"], {"train", "bank"}), (["--ablation", 1], {"train", "bank"})])
 def test_lpt_reads_what_it_uses(argv, names, tmp_path, monkeypatch):
-    make, read = ops.Stream.__init__, set()
-    monkeypatch.setattr(ops.Stream, "__init__", lambda stream, *given, **more: (
-        make(stream, *given, **more), setattr(stream, "name", given[4]))[0])
-    call = ops.Stream.__call__
-    monkeypatch.setattr(ops.Stream, "__call__", lambda stream, step: (
-        read.add(stream.name), call(stream, step))[1])
+    read = set()
+
+    class Stream(ops.Stream):
+        def __init__(self, *given, **more):
+            super().__init__(*given, **more)
+            self.name = given[4]
+
+        def __call__(self, step):
+            read.add(self.name)
+            return super().__call__(step)
+
+    monkeypatch.setattr(ops, "Stream", Stream)
     assert run_script(lpt, *TINY, *FIRST, *argv, "--epochs", 1, "--out", tmp_path / "run") == 0
     assert read == names
 
@@ -1820,9 +1833,9 @@ def test_help_shows_the_defaults_of_the_chosen_base(capsys):
 # ----------------------------------------------------------------------------- images and streams
 
 
-def images(dataset, data="data", size=None, workers=0, classes=None):
+def images(dataset, data="data", size=None, workers=0, classes=None, hold_out=0):
     """Its training images, or its test images if the training images' classes are given."""
-    args = argparse.Namespace(data=data, image_size=size, workers=workers, hold_out=0)
+    args = argparse.Namespace(data=data, image_size=size, workers=workers, hold_out=hold_out)
     return ops.load_images(dataset, args, "cpu", classes)
 
 
@@ -2029,6 +2042,10 @@ def test_folder_of_images(tmp_path, capsys):
         images("folder", mixed, 16, classes=["cat", "dog"])
     assert images("folder", mixed, 16).classes == ["cat", "dog"] and "note: " in (
         capsys.readouterr().out)                                   # a search does not need them
+    images("folder", mixed, 16, hold_out=5)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ops.BadInput, match="nowhere/train: there is no such folder"):
+        images("folder", tmp_path / "nowhere")
     write_folder(tmp_path / "b", parts=("test",))                  # test/ has them
     assert images("folder", mixed, 16, classes=["cat", "dog"]).images.shape == (24, 3, 16, 16)
     shutil.rmtree(root / "train" / "dog")                          # no error of 0% on one class
@@ -2266,6 +2283,7 @@ BAD = [
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
     (il, ["--tasks", "cifar100", "nothing"]),
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed"]),
+    (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed", "--lr", 0.004, "--lr-min", 0.006]),
     (il, ["--tasks", "folder:corrupt/train", "synthetic:3"]),
     (il, ["--tasks", "folder:untested", "synthetic:3"]),
     (lease, ["--weighting", "unsigned"]), (lease, ["--audience", "vgg"]),
