@@ -70,7 +70,7 @@ except ImportError:                                               # Windows
 
 
 class NotFinite(Exception):
-    """A gradient, a weight or a figure is NaN or infinite."""
+    """A gradient is NaN or infinite."""
 
 
 def world_size() -> int:
@@ -1379,22 +1379,12 @@ def check_search(args):
                        f"{args.epochs} epochs")
     if args.lr < args.lr_min:
         raise BadInput(f"--lr {args.lr:g} is below --lr-min {args.lr_min:g}: the rate would rise")
-    if args.gradient == "exact":
-        refuse_unused(args, "with --gradient exact", "radius", "delta_radius")
     if args.channels % (2 * args.partial):
         raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
     if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
         raise BadInput("--gradient exact: needs one process, and not --amp bf16-all")
     if args.subsets and (sum(args.subsets) > 1 or not min(args.subsets) > 0):
         raise BadInput("--subsets: two shares above 0, together at most 1")
-
-
-def refuse_unused(args, where: str, *names: str):
-    """Raise BadInput if one of these arguments is changed, which has no effect there."""
-    for name in names:
-        if name in args.changed:
-            raise BadInput(f"--{name.replace('lam', 'lambda').replace('_', '-')} has no effect "
-                           f"{where}")
 
 
 def parse(parser, argv, method: str, recipe):
@@ -1657,12 +1647,7 @@ class Run:
             self.save()
 
     def save(self):
-        """Write a checkpoint. Raises NotFinite, before that, if a learner is not finite."""
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module) and not math.isfinite(
-                    nn.utils.get_total_norm(part.parameters())):
-                raise NotFinite(f"a weight of {name} is not finite after {self.state['step']} "
-                                "steps")
+        """Write a checkpoint."""
         write_checkpoint(self.args.out, {**self.about(), **self.more, "run": self.state,
                                          "parts": {name: part.state_dict() for name, part
                                                    in self.parts.items()}})
@@ -1691,10 +1676,6 @@ class Run:
             self.lap = now
             if state["step"] < end and now - self.saved > 60 * self.args.checkpoint_minutes:
                 self.save()                                       # at its end, after the validation
-
-    def at(self, learner: str) -> str:
-        """Return where the run is, for an error message."""
-        return f"{learner} (stage {self.state['stage'] + 1}, step {self.state['step'] + 1})"
 
     def log(self, **figures: Tensor):
         """Add a step's figures to the epoch's sums and print them now and then."""
@@ -1727,9 +1708,6 @@ class Run:
         line = {"epoch": len(state["history"]) + 1}
         line |= {name: value / self.epoch_steps for name, value in state["sums"].items()}
         line |= figures or {}
-        for name, value in line.items():
-            if not math.isfinite(value):
-                raise NotFinite(f"{name} is {value} after epoch {line['epoch']}")
         line["seconds"] = state["seconds"]                        # of its steps
         print(" ".join(f"{k} {v:.4g}" for k, v in line.items()), flush=True)
         if state["stopped"]:

@@ -201,8 +201,6 @@ def get_args(argv=None):
     args, checkpoint = ops.parse(parser, argv, "evaluate", recipe)
     if not args.arch and not args.summary:
         raise ops.BadInput("--arch: name a cell to evaluate")
-    if not args.auxiliary:
-        ops.refuse_unused(args, "with --no-auxiliary", "auxiliary_weight")
     if args.cutout and args.dataset == "imagenet":
         raise ops.BadInput("--cutout: not for the images of imagenet")
     return args, checkpoint
@@ -382,7 +380,7 @@ def train(args, checkpoint):
         network.drop_path = args.drop_path * epoch / args.epochs
         for step in run.steps():
             grads, loss, accuracy = gradient(m, stream(step), args)
-            ops.descend(optimizer, grads, run.at("the network"), args.grad_clip)
+            ops.descend(optimizer, grads, "the network", args.grad_clip)
             run.log(train_loss=loss, train_accuracy=accuracy)
         run.end_epoch()
 

@@ -71,10 +71,6 @@ def get_args(argv=None):
                            "CIFAR (§4.3.1)")
     if args.joint and (args.rounds > 1 or args.lam):
         raise ops.BadInput("--joint: has one round and no coupling")
-    if not args.lam:
-        ops.refuse_unused(args, "without a coupling", "step")
-    if args.order == 1:
-        ops.refuse_unused(args, "at --order 1", "radius")
     pull = 2 * args.lr * args.lam / (1 - args.momentum)
     if args.step == "printed" and pull >= 1:
         # an alternating error grows by pull / (2 - pull) from stage to stage
@@ -244,14 +240,14 @@ def outer_gradient(m: Learners, batches, args, grads):
     return g_alpha, J
 
 
-def update_weights(m: Learners, grads, args, at=str):
+def update_weights(m: Learners, grads, args):
     """Take every stage's step, in order, each pulled towards the stage before: the steps that
     look_ahead returns, but for clipping."""
     before = None
     for l, (stage, g) in enumerate(zip(m.stages, grads)):
         encoder, _ = split(stage.weights)
         w = [t.detach().clone() for t in encoder]
-        descend(stage.opt, g, at(f"learner {l + 1}"), args.grad_clip)
+        descend(stage.opt, g, f"learner {l + 1}", args.grad_clip)
         if l and args.lam:
             with torch.no_grad():
                 new = coupled(encoder, w, before, stage.pull(args), args.step)    # IL Eq. 35
@@ -260,9 +256,8 @@ def update_weights(m: Learners, grads, args, at=str):
         before = detached(encoder)
 
 
-def algorithm_3(m: Learners, batches, args, learns=True, at=str):
-    """Take one iteration of Algorithm 3, A's step only if A learns. Returns its figures.
-    at(learner): the text that names a learner in an error; str gives its name alone."""
+def algorithm_3(m: Learners, batches, args, learns=True):
+    """Take one iteration of Algorithm 3, A's step only if A learns. Returns its figures."""
     (train, val), figures = batches, {}
 
     # 1. to 4. The gradients that the stages are about to follow
@@ -272,9 +267,9 @@ def algorithm_3(m: Learners, batches, args, learns=True, at=str):
     if learns:
         with ops.autocast(train[0][0].device, args.amp == "bf16-all"):
             g_alpha, J = outer_gradient(m, batches, args, grads)
-        descend(m.alpha_opt, g_alpha, at("the architecture"))                     # IL Eq. 37
+        descend(m.alpha_opt, g_alpha, "the architecture")                     # IL Eq. 37
         figures = {"val_loss": J / len(val)}
-    update_weights(m, grads, args, at)
+    update_weights(m, grads, args)
     return {"train_loss": torch.stack(losses).mean(), **figures}
 
 
@@ -308,7 +303,7 @@ def main(argv=None):
             for step in run.steps():
                 batches = [[stream(step) for stream in streams]
                            for streams in (train_streams, val_streams)]
-                run.log(**algorithm_3(m, batches, args, learns, run.at))
+                run.log(**algorithm_3(m, batches, args, learns))
 
             figures = {}
             for k, net in enumerate(nets[-len(tasks):]):

@@ -70,12 +70,9 @@ def get_args(argv=None):
     add("--audience-lr", type=ops.real, default=0.025,
         help="learning rate of the audience's W: SGD, cosine decay to 0 (§3.2)")
     ops.search_arguments(parser)
-    args, checkpoint = ops.parse_search(parser, argv, "lease", lambda chosen: {
+    return ops.parse_search(parser, argv, "lease", lambda chosen: {
         "batch_size": 64,                                                    # §3.2
         "warm_up": ops.BASES[chosen.base]["warm_up"] or int(chosen.epochs != 1)})  # departure 9
-    if not args.gamma:
-        ops.refuse_unused(args, "with --gamma 0", "delta_radius")
-    return args, checkpoint
 
 
 # --------------------------------------------------------------------------------------- learners
@@ -268,9 +265,8 @@ def outer_gradient(m: Learners, batches, args, ahead: Ahead):
     return g_alpha, J.detach(), share
 
 
-def algorithm_1(m: Learners, batches, args, learns=True, at=str):
-    """Take one iteration of Algorithm 1, A's step only if A learns. Returns its figures.
-    at(learner): the text that names a learner in an error; str gives its name alone."""
+def algorithm_1(m: Learners, batches, args, learns=True):
+    """Take one iteration of Algorithm 1, A's step only if A learns. Returns its figures."""
     device, figures = batches[0][0].device, {}
 
     # 1. and 2. One step ahead of E, Delta and W
@@ -281,10 +277,10 @@ def algorithm_1(m: Learners, batches, args, learns=True, at=str):
     if learns:
         with ops.autocast(device, args.amp == "bf16-all"):
             g_alpha, J, share = outer_gradient(m, batches, args, ahead)
-        descend(m.alpha_opt, g_alpha, at("the architecture"))
+        descend(m.alpha_opt, g_alpha, "the architecture")
         figures = {"val_loss": J} | ({} if share is None else {"audience_share": share})
-    descend(m.explainer_opt, ahead.grads_e, at("the explainer"), args.grad_clip)
-    descend(m.audience_opt, ahead.grads_w, at("the audience"))
+    descend(m.explainer_opt, ahead.grads_e, "the explainer", args.grad_clip)
+    descend(m.audience_opt, ahead.grads_w, "the audience")
     return ahead.losses | figures
 
 
@@ -321,7 +317,7 @@ def main(argv=None):
                 train, val = (stream(step) for stream in streams)
                 delta = random_delta(train[0].shape, args.delta_scale, device, args.seed, step,
                                      ops.rank())
-                run.log(**algorithm_1(m, (train, val, delta), args, learns, run.at))
+                run.log(**algorithm_1(m, (train, val, delta), args, learns))
 
             figures = {}
             with ops.evaluating(explainer):

@@ -74,18 +74,8 @@ def get_args(argv=None):
     add("--created-test", choices=("printed", "normalized"), default="printed",
         help="its loss in stage II: Eq. 13, or Eq. 13 divided by the sum of f as in Eq. 9")
     ops.search_arguments(parser)
-    args, checkpoint = ops.parse_search(parser, argv, "lpt", lambda chosen: (
+    return ops.parse_search(parser, argv, "lpt", lambda chosen: (
         {} if chosen.encoder == "none" else {"batch_size": 64}))                  # §3.2.2
-    of_tester = "lam", "gamma", "tester_lr", "creator_lr", "creator_weight_decay", "created_test"
-    if args.encoder == "none":
-        ops.refuse_unused(args, "with --encoder none", "ablation", *of_tester)
-    if args.ablation == 1:
-        ops.refuse_unused(args, "with --ablation 1", "encoder", *of_tester)
-    else:
-        ops.refuse_unused(args, "without --ablation 1", "theta_lr")
-    if args.order == 1 and (args.encoder == "none" or args.ablation == 1):
-        ops.refuse_unused(args, "at --order 1 without a tester", "radius")
-    return args, checkpoint
 
 
 # --------------------------------------------------------------------------------------- learners
@@ -300,28 +290,27 @@ def testee_gradient(m: Learners, batches, args):
     return grad(loss, m.w), loss.detach()
 
 
-def algorithm_2(m: Learners, batches, args, learns=True, at=str):
-    """Take one iteration of Algorithm 2, A's and C's steps only if A learns. Returns its figures.
-    at(learner): the text that names a learner in an error; str gives its name alone."""
+def algorithm_2(m: Learners, batches, args, learns=True):
+    """Take an iteration of Algorithm 2, A's and C's steps only if A learns. Returns its figures."""
     device, figures = batches[0][0].device, {}
 
     # 1. and 2. A descends the objective, C ascends it
     if learns:
         with ops.autocast(device, args.amp == "bf16-all"):
             g_alpha, g_creator, R, f = outer_gradient(m, batches, args)
-        descend(m.alpha_opt, g_alpha, at("the architecture"))
+        descend(m.alpha_opt, g_alpha, "the architecture")
         if m.creator:
-            descend(m.creator_opt, [-g for g in g_creator], at("the creator"))
+            descend(m.creator_opt, [-g for g in g_creator], "the creator")
         figures = {"difficulty": R, "selection": f.mean()}
 
     # 3. The tester's E and X
     if m.tester:
         g, figures["tester_loss"] = tester_gradient(m, batches, args)
-        descend(m.tester_opt, g, at("the tester"))
+        descend(m.tester_opt, g, "the tester")
 
     # 4. The testee's W
     g, loss = testee_gradient(m, batches, args)
-    descend(m.testee_opt, g, at("the testee"), args.grad_clip)
+    descend(m.testee_opt, g, "the testee", args.grad_clip)
     return {"train_loss": loss, **figures}
 
 
@@ -353,7 +342,7 @@ def main(argv=None):
                                   args.tester_lr)
             for step in run.steps():
                 batches = [stream(step) for stream in streams]
-                run.log(**algorithm_2(m, batches, args, learns, run.at))
+                run.log(**algorithm_2(m, batches, args, learns))
 
             figures, f = {}, None
             if args.ablation == 1:
