@@ -44,12 +44,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from genotypes import (
-    MAY_CHANGE,
     PRIMITIVES,
     BadInput,
     Genotype,
     path,
-    print_any_text,
     search_svg,
     to_json,
     to_svg,
@@ -57,9 +55,8 @@ from genotypes import (
 
 try:
     import fcntl
-    import resource
 except ImportError:                                               # Windows
-    fcntl = resource = None
+    fcntl = None
 
 # =================================================================================================
 # PART I. What the papers speak of: gradients, operations, supernet, architecture.
@@ -1087,28 +1084,16 @@ def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Image
 
 def read_folder(folder: Folder, image_size: int | None, device) -> ImageSet:
     """Return all images of a folder, resized and centre-cropped to image_size if given."""
-    try:
-        for row, (file, _) in enumerate(folder.samples):
-            image = read_image(file)
-            image = centre(image, (image_size, image_size)) if image_size else image
-            if row == 0:
-                images = torch.empty(len(folder), 3, image.height, image.width, dtype=torch.uint8)
-            if images.shape[2:] != (image.height, image.width):
-                raise BadInput(f"{file} is {image.width} x {image.height} pixels and the images "
-                               "before it are not: give --image-size")
-            images[row] = v2.functional.pil_to_tensor(image)
-        return image_set(images, folder.targets, folder.classes, device)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise BadInput(f"the {len(folder)} images of {folder.root} do not fit into memory: lower "
-                       "--image-size, or read them from their files with --dataset imagenet --data "
-                       "DIR") from None
-
-
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "allocate memory" in str(error))
+    for row, (file, _) in enumerate(folder.samples):
+        image = read_image(file)
+        image = centre(image, (image_size, image_size)) if image_size else image
+        if row == 0:
+            images = torch.empty(len(folder), 3, image.height, image.width, dtype=torch.uint8)
+        if images.shape[2:] != (image.height, image.width):
+            raise BadInput(f"{file} is {image.width} x {image.height} pixels and the images before "
+                           "it are not: give --image-size")
+        images[row] = v2.functional.pil_to_tensor(image)
+    return image_set(images, folder.targets, folder.classes, device)
 
 
 def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> ImageSet:
@@ -1226,8 +1211,16 @@ def accuracies(predict, data, rows, batch_size: int, top=(1,)) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------ command line
-# Arguments and their defaults by base and data set. --resume requires every argument to be as
-# saved, except those that plain leaves out or MAY_CHANGE lists.
+# Arguments and their defaults by base and data set.
+
+# What changes no result. The others are what a run is: they name its folder and its row in the
+# papers' tables, and with --resume they are those of the run in that folder.
+FREE = ("out", "resume", "device", "data", "workers", "graphs", "checkpoint_minutes", "log_every")
+
+
+def identity(args) -> dict:
+    """Return the arguments that a run's results depend on."""
+    return {k: v for k, v in vars(args).items() if k not in FREE}
 
 
 def number(kind, low, high=math.inf):
@@ -1249,7 +1242,7 @@ def dataset_name(text: str) -> str:
     known = name in ("cifar10", "cifar100", "imagenet", "folder", "synthetic") and not colon
     classes = name == "synthetic" and option.isascii() and option.isdigit()
     if known or (name == "folder" and option) or (classes and 2 <= int(option) <= 1000):
-        return text.rstrip("/") if option.strip("/") else text
+        return text
     raise argparse.ArgumentTypeError(f"{text!r} is no data set: cifar10, cifar100, imagenet, "
                                      "folder[:DIR] or synthetic[:CLASSES]")
 
@@ -1291,7 +1284,6 @@ def data_arguments(parser):
 
 def search_arguments(parser):
     """Add the arguments of every search: its images, its base and the supernets' training."""
-    parser.set_defaults(own=list(vars(parser.parse_args([]))))    # the method's, for run_name
     data_arguments(parser)
     add = parser.add_argument_group(
         "the base search; the defaults are its paper's (BASES) unless the method has its own"
@@ -1342,8 +1334,8 @@ def run_arguments(parser, log_every: int, amp: str, levels: tuple):
     add("--deterministic", action=flag, default=False,
         help="use only algorithms that give the same bits every time, on a GPU too; slower")
     add("--out", type=path, help="run folder; a new one in runs/ unless given")
-    add("--resume", nargs="?", const="yes", default="no", choices=("no", "yes", "auto"),
-        help="continue from the run folder's checkpoint; auto: start over if there is none")
+    add("--resume", action="store_true",
+        help="go on from the run folder's checkpoint, if there is one")
     add("--checkpoint-minutes", type=real, default=10,
         help="minutes between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
@@ -1388,37 +1380,29 @@ def check_search(args):
 
 
 def parse(parser, argv, method: str, recipe):
-    """Return the parsed arguments and, with --resume, the checkpoint to go on from.
+    """Return the parsed arguments and, with --resume, the checkpoint to go on from, if there is one.
 
-    recipe(chosen) gives the defaults that depend on other arguments, from a first parsing. --resume
-    takes the saved run's arguments, and an argument given with it must agree. Raises BadInput.
+    recipe(chosen) gives the defaults that depend on other arguments, from a first parsing;
+    args.changed is what differs from them. With --resume the defaults are the saved run's, and what
+    is given beside it must agree. Raises BadInput.
     """
     argv = sys.argv[1:] if argv is None else argv
-    standard = vars(parser.parse_args([]))
     chosen = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     parser.set_defaults(**recipe(chosen))
     args = parser.parse_args(argv)
-    chosen.quick = False
-    standard |= recipe(chosen)
-    args.out = args.out or Path("runs") / run_name(method, args, standard)
-    standard["quick"] = args.quick                                # its settings are the change
-    standard = plain(argparse.Namespace(**standard))
-    args.changed = {k: v for k, v in plain(args).items() if v != standard.get(k)}
-    if starts_anew(args):
+    args.changed = {k: v for k, v in identity(args).items() if v != parser.get_default(k)}
+    args.out = args.out or Path("runs") / run_name(method, args)
+    if not args.resume or not (args.out / "checkpoint.pt").exists():
         return args, None
-    checkpoint, out = read_checkpoint(args.out), args.out
+    checkpoint = read_checkpoint(args.out)
     if checkpoint["method"] != method:
-        raise BadInput(f"--resume: {out} is a run of {checkpoint['method']}.py, not {method}.py")
-    parser.set_defaults(**checkpoint["args"])
+        raise BadInput(f"--resume: {args.out} is a run of {checkpoint['method']}.py")
+    parser.set_defaults(**checkpoint["args"], out=args.out)
     args = parser.parse_args(argv)
-    args.out, args.changed = out, checkpoint["changed"]
-    saved = checkpoint["args"] | {"world_size": checkpoint["world_size"]}
-    processes = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
-    here = plain(args) | {"world_size": processes}
-    for name, value in here.items():
-        if kinds(saved.get(name)) != kinds(value) and name not in MAY_CHANGE:
-            raise BadInput(f"--resume: the run in {out} has {name} = {saved.get(name)!r}, not "
-                           f"{value!r}")
+    for name, saved in checkpoint["args"].items():
+        if vars(args)[name] != saved:
+            raise BadInput(f"--resume: the run in {args.out} has {name} = {saved!r}, not "
+                           f"{vars(args)[name]!r}")
     return args, checkpoint
 
 
@@ -1430,42 +1414,19 @@ def parse_search(parser, argv, method: str, own):
     return args, checkpoint
 
 
-def starts_anew(args) -> bool:
-    """Return whether a run begins, rather than go on from its checkpoint."""
-    found = args.resume == "auto" and (args.out / "checkpoint.pt").exists()
-    return not found and args.resume != "yes"
-
-
 def task_names(args) -> list[str]:
     return getattr(args, "tasks", None) or [args.dataset]
 
 
-def kinds(value):
-    """Return a data set's name, or a list of them, with "folder:DIR" shortened to "folder"."""
-    if isinstance(value, list):
-        return [kinds(each) for each in value]
-    return "folder" if str(value).startswith("folder:") else value
-
-
-def run_name(method: str, args, standard: dict) -> str:
-    """Return the default name of a run's folder: the method, which of its own arguments are not
-    the standard ones, the seed."""
-    changed = {k: vars(args)[k] for k in getattr(args, "own", ())
-               if vars(args)[k] != standard[k] and k not in ("dataset", "tasks")}
-    arch = Path(getattr(args, "arch", None) or "")
-    cell = arch.parent.name or arch.stem if arch.suffix == ".json" else arch.name
-    base = "" if getattr(args, "base", "") == "darts-2nd" else getattr(args, "base", "")
-    words = (method, base, cell, *task_names(args),
-             *(v if isinstance(v, str) else k if v is True else f"{k}{v:g}"
-               for k, v in changed.items()), str(args.seed))
-    name = "-".join(word for word in words if word).replace(":", "").replace("/", "_")
-    return name if len(name.encode()) < 200 else f"{name[:60]}-{zlib.crc32(name.encode()):x}"
-
-
-def plain(args) -> dict:
-    """Return the arguments that a checkpoint keeps, as plain values."""
-    here = ("out", "device", "resume", "log_every", "own", "changed")
-    return {k: str(v) if k == "data" else v for k, v in vars(args).items() if k not in here}
+def run_name(method: str, args) -> str:
+    """Return the default name of a run's folder: the method, its data, what differs from the
+    defaults, the seed."""
+    changed = {k: v for k, v in args.changed.items()
+               if k not in ("dataset", "tasks", "seed", "quick")}
+    words = (v if isinstance(v, str) else k if v is True else f"{k}{v}" for k, v in changed.items())
+    name = "-".join([method, *(word.removesuffix("/genotype.json").split("/")[-1]
+                               for word in (*words, *task_names(args))), str(args.seed)])
+    return re.sub(r"[^\w.+-]", "", name)[:200]
 
 
 # -------------------------------------------------------------------------------------------- run
@@ -1473,63 +1434,19 @@ def plain(args) -> dict:
 # runs at random times and compare every bit of what they end with.
 
 
-class Claim:
-    """This process's claim on its run folder: a lock that the system drops when the process ends,
-    and whether anything has been written."""
-    lock, created, written = None, [], False
-
-    @classmethod
-    def take(cls, folder: Path):
-        """Create and lock a run folder. Raises BadInput if another run holds it."""
-        cls.created = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        cls.lock = open(folder / ".lock", "w")                    # noqa: SIM115
-        try:
-            if fcntl:                                             # not on Windows
-                fcntl.lockf(cls.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            cls.lock, cls.created = None, []
-            raise BadInput(f"{folder}: another run is using this folder") from None
-        except OSError:                                           # a file system without locks
-            pass
-
-    @classmethod
-    def holds_checkpoint(cls) -> bool:
-        """Return whether the run in this folder can be resumed."""
-        return bool(cls.lock) and Path(cls.lock.name).with_name("checkpoint.pt").exists()
-
-    @classmethod
-    def drop(cls):
-        """Release the folder, and remove it if it was created and nothing was written."""
-        if cls.lock:
-            cls.lock.close()
-            Path(cls.lock.name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):                        # they are not empty
-            for folder in cls.created:
-                folder.rmdir()
-        cls.lock, cls.created, cls.written = None, [], False
-
-
 def start(args) -> torch.device:
-    """Return the device to compute on and claim the run's folder. Under torchrun join the other
-    processes, of which rank 0 alone prints and writes. Raises BadInput."""
+    """Return the device to compute on. Under torchrun join the other processes, of which rank 0
+    alone prints and writes. Raises BadInput."""
+    if not args.resume and (args.out / "checkpoint.pt").exists():
+        raise BadInput(f"there is a run in {args.out}: --resume goes on with it; a new one needs "
+                       "another --out")
     has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = args.device
     if name == "auto":
         name = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
     if not has[name]:
         raise BadInput(f"--device {name}: torch sees no such device here")
-    device, several = torch.device(name), "RANK" in os.environ    # torchrun sets it
-    if several and name == "mps":
-        raise BadInput("--device mps: one process has it; several need cpu or cuda")
-    if several and name == "cuda":
-        gpus = torch.cuda.device_count()
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:     # every process sees it
-            raise BadInput(f"--nproc-per-node: at most {gpus}, the number of GPUs here")
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if name == "cuda" and args.amp != "off" and not torch.cuda.is_bf16_supported(False):
-        raise BadInput(f"--amp {args.amp}: this GPU only emulates bfloat16")
+    device = torch.device(name)
     if args.graphs:
         refuse_graphs(args, device)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = args.tf32
@@ -1538,34 +1455,45 @@ def start(args) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    if "RANK" not in os.environ:                                  # torchrun sets it
+        return device
     try:
-        if several:                                               # an hour: CIFAR may be downloaded
-            dist.init_process_group("nccl" if name == "cuda" else "gloo",
-                                    timeout=timedelta(hours=1),
-                                    device_id=device if name == "cuda" else None)
-    except (ValueError, RuntimeError) as error:
+        if name == "cuda":
+            device = torch.device(name, int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo",
+                                timeout=timedelta(hours=1))       # CIFAR may be downloaded
+    except (LookupError, ValueError, RuntimeError) as error:      # more processes than GPUs, ...
         raise BadInput(f"RANK is set, but the processes cannot meet: {error}") from None
-    if starts_anew(args) and args.out.exists() and (not args.out.is_dir() or any(
-            each.name not in (".lock", "run.json") and each.suffix != ".tmp"
-            for each in args.out.iterdir())):
-        raise BadInput(f"{args.out} is not an empty folder: give another --out, or --resume to go "
-                       "on from its checkpoint")
-    barrier()                                                     # all have seen the folder as is
     if rank():
         sys.stdout = open(os.devnull, "w")                        # noqa: SIM115
-    else:
-        Claim.take(args.out)
     return device
+
+
+def claim(folder: Path):
+    """Create a run's folder and return a lock on it, which the system drops when this process ends.
+    Raises BadInput if another run holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")                        # noqa: SIM115
+    except OSError as error:
+        raise BadInput(f"--out: {error}") from None
+    try:
+        if fcntl:                                                 # not on Windows
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(f"{folder}: another run is using this folder") from None
+    except OSError:                                               # a file system without locks
+        pass
+    return lock
 
 
 def write(path: Path, content: str | bytes):
     """Replace a file whole, or not at all. Of several processes only rank 0 writes."""
     if rank():
         return
-    Claim.written = True
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        content = content.encode(errors="backslashreplace")
+    content = content.encode() if isinstance(content, str) else content
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -1612,24 +1540,22 @@ def fingerprint(data) -> str:
 class Run:
     """A run's folder and its place in the schedule: all that --resume needs beside the learners.
 
-    state: the stage; the next step of the run; the sums of the current epoch's figures and the
+    about: what the run is, as plain values. state: the stage; the next step of the run; the sums of the current epoch's figures and the
     seconds spent on it; one line per finished epoch; why the run ended early, or None.
     more: further plain values to save in the checkpoint.
     """
 
     def __init__(self, method: str, args, checkpoint: dict | None, sets: list, more=None):
-        self.method, self.args, self.checkpoint = method, args, checkpoint
-        self.data, self.more, self.first = [fingerprint(data) for data in sets], more or {}, True
+        self.args, self.checkpoint, self.more = args, checkpoint, more or {}
+        self.about = {"method": method, "args": identity(args),
+                      "data": [fingerprint(data) for data in sets], "world_size": world_size()}
         self.state = dict(stage=0, step=0, sums={}, seconds=0.0, history=[], stopped=None)
         if checkpoint:
-            if checkpoint["data"] != self.data:
-                raise BadInput(f"--resume: the data is not that of the run in {args.out}")
+            for name in ("data", "world_size"):
+                if checkpoint[name] != self.about[name]:
+                    raise BadInput(f"--resume: the run in {args.out} has another {name}")
             self.state = checkpoint["run"]
-
-    def about(self) -> dict:
-        """Return what the run is, as plain values."""
-        return {"method": self.method, "args": plain(self.args), "changed": self.args.changed,
-                "data": self.data, "world_size": world_size()}
+        self.lock = None if rank() else claim(args.out)
 
     def load(self, parts: dict):
         """Take the learners and optimizers of a stage; a checkpoint's states go into them."""
@@ -1643,12 +1569,12 @@ class Run:
                                f"{error}") from None
             self.checkpoint = None
         elif not self.state["step"]:                              # so that --resume always can
-            write(self.args.out / "run.json", json.dumps(self.about(), indent=1) + "\n")
+            write(self.args.out / "run.json", json.dumps(self.about, indent=1) + "\n")
             self.save()
 
     def save(self):
         """Write a checkpoint."""
-        write_checkpoint(self.args.out, {**self.about(), **self.more, "run": self.state,
+        write_checkpoint(self.args.out, {**self.about, **self.more, "run": self.state,
                                          "parts": {name: part.state_dict() for name, part
                                                    in self.parts.items()}})
         self.saved = time.time()
@@ -1683,13 +1609,10 @@ class Run:
         values = torch.stack([value.detach().float() for value in figures.values()])
         if world_size() > 1:
             values = all_sum([values], 1 / world_size())[0]
-        device, values = values.device, values.tolist()
+        values = values.tolist()
         for name, value in zip(figures, values):
             state["sums"][name] = state["sums"].get(name, 0.0) + value
         self.done += 1
-        if self.first and (peak := peak_memory(device)):
-            print(f"peak memory {peak:.0f} MiB after the first step")
-        self.first = False
         if i % args.log_every == 0 or i == self.epoch_steps:
             spent = (time.time() - self.begin) / self.done
             epochs = args.epochs * len(getattr(args, "candidates", [0]))
@@ -1724,15 +1647,6 @@ class Run:
         content = io.BytesIO()
         draw_pictures(rows, size).save(content, "PNG")
         write(self.args.out / f"{name}.png", content.getvalue())
-
-
-def peak_memory(device) -> float:
-    """Return the largest memory so far, in MiB: a GPU's by torch, else the process's; 0 where the
-    system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20 if resource else 0.0
 
 
 def print_next(run):
@@ -1777,34 +1691,13 @@ def draw_pictures(rows: dict, size: int) -> Image.Image:
 
 
 def run(main, argv=None):
-    """Run main(argv). Bad input ends in one line and exit code 2, and so does a file error before
-    anything is written; what goes wrong later in one line and exit code 1; Ctrl-C in 130."""
-    def end(code, message):
-        # what all processes refuse alike, rank 0 says; what happens in a run, whoever met it
-        if code == 1 or dist.is_initialized() or os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
-        sys.exit(code)
-
-    print_any_text()
+    """Run main(argv). Bad input ends in one line and exit code 2, what goes wrong in a run in one
+    line and exit code 1, Ctrl-C in 130."""
     try:
         main(argv)
-    except KeyboardInterrupt:
-        end(130, "interrupted" + ("; --resume goes on from the last checkpoint"
-                                  if Claim.holds_checkpoint() else ""))
-    except BadInput as error:
-        end(2, error)
-    except NotFinite as error:
-        end(1, error)
-    except OSError as error:
-        end(1 if Claim.written else 2, error)
-    except (RuntimeError, MemoryError) as error:
-        if out_of_memory(error):
-            end(1, "out of memory: lower --batch-size, --channels, --layers or --image-size "
-                   f"({error})")
-        if world_size() == 1 or not re.search("gloo|nccl|peer", str(error), re.IGNORECASE):
-            raise
-        end(1, f"rank {rank()}: another process of this run is gone ({error})")
-    finally:
-        Claim.drop()
+    except (KeyboardInterrupt, BadInput, NotFinite, OSError) as error:
+        message = str(error) or "interrupted; --resume goes on from the last checkpoint"
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        sys.exit({KeyboardInterrupt: 130, BadInput: 2}.get(type(error), 1))
     if dist.is_initialized():
         dist.destroy_process_group()

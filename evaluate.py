@@ -208,8 +208,7 @@ def get_args(argv=None):
 
 def origin(arch: str) -> dict:
     """Return a cell's row in the papers' tables, or its own name, and the data it was found on; if
-    it lies in a search's run folder, also that data's fingerprint, how many of its images the
-    search held out, and what it cost."""
+    it lies in a search's run folder, also what that search cost."""
     known, file = genotypes.PUBLISHED.get(arch), ops.path(arch)
     if known:
         return {"cell": known.row, "found_on": known.found_on}
@@ -221,9 +220,9 @@ def origin(arch: str) -> dict:
         search = json.loads((folder / "run.json").read_text())
         history = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         args = search["args"]
-        return {"cell": genotypes.row(search["method"], args, search["changed"]),
-                "found_on": "+".join(map(ops.kinds, args.get("tasks") or [args["dataset"]])),
-                "found_in": search["data"], "search_hold_out": args["hold_out"] + 0,
+        data = args.get("tasks") or [args["dataset"]]
+        return {"cell": genotypes.row(search["method"], args),
+                "found_on": "+".join(name.partition(":")[0] for name in data),
                 "search_days": sum(line["seconds"] for line in history) / 86400
                 * search["world_size"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -281,7 +280,7 @@ def summary(folders: list[Path]) -> str:
             how = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))
             cell = r["cell"] + on + (f", trained with {how}" if how else "")
             data = names.setdefault(r["fingerprint"], r["data"] + "")
-            key = (data, network, cell, r["fingerprint"], json.dumps(r.get("found_in")))
+            key = (data, network, cell, r["fingerprint"])
             groups.setdefault(key, (paper if not r["changed"] else ("-", "-"), []))[1].append(line)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
@@ -332,7 +331,9 @@ def gradient(m: Learner, batch, args):
 
 def train(args, checkpoint):
     """Train a cell's network and test it once, after the last epoch: result.json."""
-    genotype, imagenet = chosen_genotype(args, checkpoint), args.dataset == "imagenet"
+    imagenet = args.dataset == "imagenet"
+    genotype = (genotypes.validate(json.loads(checkpoint["genotype"]), str(args.out))
+                if checkpoint else genotypes.load(args.arch))
     device = ops.start(args)
     data = ops.load_images(args.dataset, args, device)
     *halves, held = ops.split_rows(data.labels, args.seed, args.hold_out)
@@ -354,11 +355,6 @@ def train(args, checkpoint):
     run = ops.Run("evaluate", args, checkpoint, [data], {
         "network": network_args, "genotype": genotypes.to_json(genotype), "classes": data.classes,
         "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()})
-    cell = origin(args.arch)
-    if run.data[0] in cell.get("found_in", ()) and args.hold_out > cell["search_hold_out"]:
-        raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
-                           f"{cell['search_hold_out']} of these images and learned from the rest")
-
     torch.manual_seed(args.seed)
     network = model = ops.place(Network(genotype, **network_args, amp=args.amp == "bf16"), device)
     if dist.is_initialized():
@@ -388,13 +384,13 @@ def train(args, checkpoint):
         top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size,
                                     top=(1, 5))
     history = run.state["history"]
+    dataset, _, option = args.dataset.partition(":")
     where, many = args.dataset, len(data.classes) > 5
-    if ops.kinds(where) == "folder":
-        where = ops.path(where.partition(":")[2] or args.data).resolve().name
-    changed = {k: v for k, v in args.changed.items()
-               if k not in ("dataset", "seed", *genotypes.MAY_CHANGE)}
-    result = {"arch": args.arch, **cell, "dataset": ops.kinds(args.dataset),
-              "data": where, "fingerprint": run.data[0], "genotype": genotype._asdict(),
+    if dataset == "folder":
+        where = ops.path(option or args.data).resolve().name
+    changed = {k: v for k, v in args.changed.items() if k not in ("arch", "dataset", "seed")}
+    result = {"arch": args.arch, **origin(args.arch), "dataset": dataset, "data": where,
+              "fingerprint": run.about["data"][0], "genotype": genotype._asdict(),
               "test_error": round(100 * (1 - top1), 4),
               "top5_error": round(100 * (1 - top5), 4) if many else None,
               "test_images": len(test_rows), "params_M": round(params, 3), "layers": args.layers,
@@ -406,22 +402,6 @@ def train(args, checkpoint):
     top5_too = f" (top-5 error {100 * (1 - top5):.2f}%)" if many else ""
     print(f"test error {100 * (1 - top1):.2f}%{top5_too} after the last epoch, on {len(test_rows)} "
           f"images; {args.out}/result.json")
-
-
-def chosen_genotype(args, checkpoint):
-    """Return the cell to train; of a resumed run it must still be the checkpoint's, unless its file
-    is gone. Raises BadInput."""
-    if not checkpoint:
-        return genotypes.load(args.arch)
-    saved = genotypes.validate(json.loads(checkpoint["genotype"]), str(args.out))
-    try:
-        if args.arch == checkpoint["args"]["arch"] and not ops.path(args.arch).exists():
-            return saved
-    except OSError:                                               # a Genotype(...), not a path
-        pass
-    if genotypes.load(args.arch) != saved:
-        raise ops.BadInput(f"--resume: the cell {args.arch} is not that of the run in {args.out}")
-    return saved
 
 
 def cross_entropy(logits, y, label_smoothing):

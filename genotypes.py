@@ -16,7 +16,6 @@ import html
 import json
 import os
 import re
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -38,13 +37,6 @@ class BadInput(Exception):
 def path(text: str) -> Path:
     """Return a path with its leading ~ or ~name replaced by that home folder, if there is one."""
     return Path(os.path.expanduser(text))
-
-
-def print_any_text():
-    """Let print escape what the terminal's encoding cannot write."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 # Nodes 2 | 3 | 4 | 5, all four concatenated. The LPT cells were published with the authors' code;
@@ -198,16 +190,12 @@ PAPER_IMAGENET = {
 }
 
 
-# arguments of a run that change no result: its row does not name them, --resume may change them
-MAY_CHANGE = ("data", "workers", "checkpoint_minutes", "arch", "graphs")
-
-
-def row(method: str, args: dict, changed: dict) -> str:
-    """Return the name in the papers' tables of a search with these arguments; changed: those that
-    differ from the paper's, which the name lists."""
+def row(method: str, args: dict) -> str:
+    """Return the name in the papers' tables of a search with these arguments. It lists those that
+    differ from the paper's: args["changed"]."""
     base = {"darts-": "DARTS-", "darts+": "DARTS+", "pcdarts": "PC-DARTS", "pdarts": "P-DARTS"}.get(
         args["base"], args["base"].replace("darts", "DARTS"))
-    named = {"base", "seed", "dataset", "tasks", *MAY_CHANGE}
+    named = {"base", "seed", "dataset", "tasks"}
     if method == "lpt":
         named |= {"encoder", "ablation"}
         name = base if args["encoder"] == "none" else f"LPT-R{args['encoder'][6:]}-{base}"
@@ -224,7 +212,7 @@ def row(method: str, args: dict, changed: dict) -> str:
         name = f"{method}-{base}"
     flags = {"lam": "coupling" if method == "il" else "lambda"}
     return name + "".join(f", {flags.get(k, k).replace('_', '-')} {v}"
-                          for k, v in sorted(changed.items()) if k not in named)
+                          for k, v in sorted(args["changed"].items()) if k not in named)
 
 
 def paper_errors(name: str, found_on: str, dataset: str) -> tuple[str, str]:
@@ -510,11 +498,10 @@ def main(argv=None):
                                      + ", ".join(PUBLISHED))
     parser.add_argument("--out", type=path, help="the SVG (default: ARCH.svg here)")
     args = parser.parse_args(argv)
-    print_any_text()
     try:
         cell, name = load(args.arch), Path(args.arch).stem.replace(":", "_")
         out = args.out or Path("genotype.svg" if "Genotype(" in args.arch else f"{name}.svg")
-        out.write_text(to_svg(cell, args.arch), encoding="utf-8", errors="backslashreplace")
+        out.write_text(to_svg(cell, args.arch), encoding="utf-8")
     except (BadInput, OSError) as error:
         parser.error(" ".join(str(error).split()))
     known = PUBLISHED.get(args.arch)

@@ -1406,16 +1406,10 @@ def test_a_cell_as_others_write_it(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\ngenotype = Genotype(normal=[('sep_co", "\nsaw Genotype(...)"])
-def test_the_last_whole_cell_of_a_log(end, tmp_path, monkeypatch):
-    """Of a search that was killed as it printed; and the name of its drawing."""
+def test_the_last_whole_cell_of_a_log(end):
+    """Of a search that was killed as it printed."""
     cell, old = genotypes.load("DARTS_V2"), genotypes.load("DARTS_V1")
     assert genotypes.load(f"{old} then {cell}{end}") == cell
-    monkeypatch.chdir(tmp_path)
-    Path("\udcff.json").write_text(genotypes.to_json(cell))        # a name that is not UTF-8
-    for arch in (repr(cell), "random:1", "\udcff.json"):
-        subprocess.run([sys.executable, HERE / "genotypes.py", arch], check=True,
-                       env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert sorted(os.listdir()) == ["genotype.svg", "random_1.svg", "\udcff.json", "\udcff.svg"]
 
 
 GOOD = json.loads(genotypes.to_json(genotypes.load("DARTS_V2")))
@@ -1470,7 +1464,7 @@ def test_the_rows_of_the_papers_tables():
     def row(method, changed, **args):
         return genotypes.row(method, {"base": "darts-2nd", "ablation": 0, "encoder": "resnet18",
                                       "audience": "resnet18", "joint": False, "tasks": ["a", "b"],
-                                      **args}, changed)
+                                      "changed": changed, **args})
 
     both = "cifar100+cifar10"
     for name, expected, found_on, dataset, errors in (
@@ -1511,8 +1505,8 @@ def test_summary_of_results(tmp_path, monkeypatch, capsys):
     write("g", cell="LPT-R18-P-DARTS", dataset="imagenet", data="imagenet", fingerprint="3")
     write("h", cell="LPT-R18-P-DARTS", found_on="cifar10")         # not where the paper found it
     for name in "ij":                                              # the same data in two places
-        write(name, cell="LeaSE-R18-DARTS-2nd", genotype=name, found_in=["3"], data=name,
-              top5_error=None, fingerprint="4")
+        write(name, cell="LeaSE-R18-DARTS-2nd", genotype=name, data=name, top5_error=None,
+              fingerprint="4")
     write("k", cell="a|b", data="x\ny", fingerprint="5")
     (tmp_path / "l").symlink_to("a")
     (tmp_path / "b" / "up").symlink_to("..")                       # walked once all the same
@@ -1737,9 +1731,8 @@ def test_a_cells_file_is_its_searchs_only_by_name(tmp_path, monkeypatch):
     """Another cell that is evaluated inside a search's folder is not that search's."""
     monkeypatch.chdir(tmp_path)
     Path("log.jsonl").write_text('{"seconds": 5}')
-    Path("run.json").write_text(json.dumps({"method": "lpt", "changed": {}, "data": ["1"],
-                                            "world_size": 2, "args": vars(lpt.get_args([])[0])},
-                                           default=str))
+    Path("run.json").write_text(json.dumps({"method": "lpt", "world_size": 2, "args": ops.identity(
+        lpt.get_args([])[0])}))
     found = evaluate.origin("genotype.json")
     assert found["cell"] == "LPT-R18-DARTS-2nd" and found["found_on"] == "cifar100"
     assert found["search_days"] == pytest.approx(10 / 86400)       # of two devices
@@ -1752,13 +1745,14 @@ def test_run_folders_are_named_by_what_differs():
         return module.get_args([str(a) for a in argv])[0].out.name
 
     assert name(lpt) == "lpt-cifar100-1" and name(il) == "il-cifar100-cifar10-1"
-    assert name(lpt, "--encoder", "resnet50") == "lpt-cifar100-resnet50-1"
-    assert name(lpt, "--base", "pdarts", "--ablation", 1) == "lpt-pdarts-cifar100-ablation1-1"
-    assert name(lpt, "--lambda", 5, "--seed", 3) == "lpt-cifar100-lam5-3"
-    assert name(il, "--joint") == "il-cifar100-cifar10-joint-1"
-    assert name(lease, "--weighting", "magnitude") == "lease-cifar100-magnitude-1"
-    long = [name(il, "--tasks", *[f"folder:/{'b' * 90}/{i + k}" for i in range(3)]) for k in (0, 1)]
-    assert max(map(len, long)) < 100 and long[0] != long[1]
+    assert name(lpt, "--encoder", "resnet50") == "lpt-resnet50-cifar100-1"
+    assert name(lpt, "--base", "pdarts", "--ablation", 1) == "lpt-ablation1-pdarts-cifar100-1"
+    assert name(lpt, "--lambda", 5, "--seed", 3) == "lpt-lam5.0-cifar100-3"
+    assert name(il, "--joint") == "il-joint-cifar100-cifar10-1"
+    assert name(lease, "--weighting", "magnitude") == "lease-magnitude-cifar100-1"
+    assert name(lpt, "--quick", "--data", "x", "--device", "cpu") == "lpt-synthetic-1"
+    assert name(evaluate, "--arch", "runs/lpt-1/genotype.json") == "evaluate-lpt-1-cifar100-1"
+    assert len(name(il, "--tasks", f"folder:{'b' * 300}")) == 200
 
 
 def test_the_learning_rate_of_an_evaluation():
@@ -1774,35 +1768,18 @@ def test_the_learning_rate_of_an_evaluation():
 
 
 def test_settings_that_follow_from_others(tmp_path, monkeypatch, capsys):
-    """The cutout from the size; --quick on real images; a folder's name without its last slash;
-    what a resumed search recommends; no promise to resume where there is no checkpoint."""
+    """The cutout from the size; --quick on real images; what a resumed search recommends."""
     def cutout(*argv):
         return evaluate.get_args(["--arch", "x", *argv])[0].cutout
 
     assert [cutout(), cutout("--image-size", "20"), cutout("--image-size", "64"), cutout("--quick"),
             cutout("--quick", "--dataset", "imagenet")] == [16, 10, 16, 4, 0]
-    assert "quick" not in lpt.get_args(["--quick"])[0].changed     # which a row would name
-    assert [ops.dataset_name(f"folder:{name}") for name in ("a/b//", "/")] == [
-        "folder:a/b", "folder:/"]
+    assert lpt.get_args(["--quick"])[0].changed == {"quick": True}
     monkeypatch.chdir(tmp_path)
     argv = ["--quick", "--image-size", 8, "--channels", 2, "--epochs", 1, "--out", "a"]
     assert run_script(lpt, *argv) == run_script(lpt, "--resume", "--out", "a") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "evaluate.py" in line]
     assert len(said) == 2 and said[0] == said[1] and said[0].endswith(" --quick")
-    monkeypatch.setattr(ops, "load_images", unittest.mock.Mock(side_effect=KeyboardInterrupt))
-    assert run_script(lpt, *TINY, "--out", "b") == 130
-    assert one_line(capsys) == "error: interrupted\n" and not Path("b").exists()
-    assert run_script(lpt, "--resume", "--out", "a") == 130
-    assert "--resume goes on from the last checkpoint" in one_line(capsys)
-
-
-def test_a_cell_is_not_tested_on_images_that_its_search_saw(tmp_path, capsys):
-    assert run_script(lpt, *TINY, "--epochs", 1, "--hold-out", 60, "--encoder", "none", "--out",
-                      tmp_path / "search") == 0
-    for held, code in ((40, 0), (80, 2)):
-        assert run_script(evaluate, *TINY, "--arch", tmp_path / "search" / "genotype.json",
-                          "--epochs", 1, "--hold-out", held, "--out", tmp_path / str(held)) == code
-    assert "held out 60 of these images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv,names", [([], {"train", "bank", "val"}), (
@@ -2103,18 +2080,10 @@ def test_a_decoder_that_fails_names_the_file(error, tmp_path, monkeypatch):
         images("folder", root)
 
 
-def test_images_that_cannot_be_had_end_in_a_line(tmp_path, monkeypatch):
-    """Too many for the memory; a download that breaks off."""
-    def fail(*args, **kw):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
+def test_a_download_that_breaks_off_ends_in_a_line(tmp_path, monkeypatch):
     def broken(*args, **kw):
         raise http.client.IncompleteRead(b"")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ops, "image_set", fail)
-        with pytest.raises(ops.BadInput, match="lower --image-size, or .* --dataset imagenet"):
-            images("folder", write_folder(tmp_path / "a"))
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", broken)
     broken.filename = "cifar-10-python.tar.gz"
     with pytest.raises(ops.BadInput, match="put cifar-10-python.tar.gz there"):
@@ -2258,7 +2227,7 @@ BAD = [
     (lpt, ["--dataset", "mnist"]), (lpt, ["--dataset", "synthetic:1"]), (lpt, ["--base", "enas"]),
     (lpt, ["--order", 3]), (lpt, ["--encoder", "vgg"]), (lpt, ["--epochs", 0]),
     (lpt, ["--gamma", "inf"]), (lpt, ["--layers", 2]), (lpt, ["--nonsense"]),
-    (lpt, [*TINY, "--batch-size", 5000]), (lpt, ["--resume", "--out", "nowhere"]),
+    (lpt, [*TINY, "--batch-size", 5000]),
     (lpt, ["--dataset", "folder", "--data", "nowhere"]),
     (lpt, ["--dataset", "imagenet", "--data", "nowhere"]),
     (lpt, ["--dataset", "cifar100"]), (lpt, ["--dataset", "folder:~no-such-user/images"]),
@@ -2272,7 +2241,7 @@ BAD = [
         ["--out", "full/notes.txt/run"], ["--resume", "maybe"], ["--seed", 2 ** 64],
         ["--lr", 0.0005])),
     (lpt, ["--dataset", "folder", "--data", "black"]),
-    (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "full"]),
+    (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "held"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
     (il, ["--tasks", "cifar100", "nothing"]),
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed"]),
@@ -2288,7 +2257,6 @@ BAD = [
     (evaluate, ["--arch", "DARTS_V2", "--dataset", "folder:other-size", *SMALL[2:6], "--batch-size",
                 6, "--epochs", 1, "--cutout", 4]),
     (evaluate, ["--arch", "full"]),
-    (evaluate, [*TINY, "--epochs", 1, "--arch", "DARTS_V2", "--out", "full"]),
     (evaluate, [*TINY, "--arch", "DARTS_V2", "--drop-path", 1.5]),
     (evaluate, ["--arch", "DARTS_V2", "--dataset", "folder", "--data", "untested"]),
     (evaluate, ["--arch", "DARTS_V2", "--count-params", "--dataset", "synthetic"]),
@@ -2310,6 +2278,8 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
         ops.Image.new("L", (12, 12), 31).save(file)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "checkpoint.pt").touch()                  # another run's
     before = tree(tmp_path)
     assert run_script(module, *argv) == 2
     error = capsys.readouterr().err                                # argparse names the script first
@@ -2407,7 +2377,7 @@ def test_one_run_a_folder(tmp_path, capsys):
     argv = [*TINY, *FIRST, "--epochs", 1, "--out", tmp_path / "run"]
     assert run_script(lpt, *argv) == 2 and "another run is using" in one_line(capsys)
     other.kill(), other.communicate()
-    assert run_script(lpt, *argv) == 0 and not (tmp_path / "run" / ".lock").exists()
+    assert run_script(lpt, *argv) == 0
 
 
 def readme_commands():
@@ -2473,7 +2443,8 @@ def test_scripts_stand_alone():
 
 # ------------------------------------------------------------------------------------ whole runs
 
-FILES = {"genotype.json", "checkpoint.pt", "cells.svg", "search.svg", "log.jsonl", "run.json"}
+FILES = {".lock", "genotype.json", "checkpoint.pt", "cells.svg", "search.svg", "log.jsonl",
+         "run.json"}
 
 
 @pytest.mark.parametrize("module,extra,picture", slow_but({0, 3, 4, 7}, [
@@ -2515,8 +2486,9 @@ def test_search_then_evaluation(module, extra, picture, tmp_path, monkeypatch, c
     result = json.loads((tmp_path / "e" / "result.json").read_text())
     assert 0 <= result["test_error"] <= 100 and result["test_images"] == 100
     assert result["genotype"] == line["genotype"] and result["search_days"] == pytest.approx(
-        line["seconds"] / 86400) and result["found_in"] == about["data"]
-    assert result["cell"].startswith(genotypes.row(module.__name__, about["args"], {}) + ", ")
+        line["seconds"] / 86400)
+    row = genotypes.row(module.__name__, about["args"] | {"changed": {}})
+    assert result["cell"].startswith(row + ", ")
     assert {"layers", "epochs"} <= result["changed"].keys() and "seed" not in result["changed"]
 
 
@@ -2648,10 +2620,10 @@ def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch
     assert not same(*weights)
 
 
-def test_resume_auto_starts_and_goes_on(tmp_path, monkeypatch):
+def test_the_same_command_starts_and_goes_on(tmp_path, monkeypatch):
     """The same command again and again, as a scheduler has it; the first is killed before its first
     checkpoint."""
-    argv = [*TINY, *FIRST, "--epochs", 2, "--resume", "auto"]
+    argv = [*TINY, *FIRST, "--epochs", 2, "--resume"]
     assert run_script(lpt, *argv, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(ops, "write_checkpoint", unittest.mock.Mock(side_effect=KeyboardInterrupt))
@@ -2700,7 +2672,7 @@ def kills(job, folder, count):
         n, code = n + 1, None
         cut = folder / f"cut{n}"
         while code != 0:
-            pid = child(job, *argv, "--resume", "auto", "--out", cut)
+            pid = child(job, *argv, "--resume", "--out", cut)
             number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             if done < count:
                 time.sleep(rng.uniform(0.05, 0.6 * seconds))
@@ -2770,16 +2742,16 @@ def test_what_is_not_finite_is_not_saved(method, tmp_path, monkeypatch, capsys):
     module, argv = RUNS[method]
     argv = [*argv, "--checkpoint-minutes", 0, "--epochs", 2]
     interrupted(module, argv, tmp_path, monkeypatch, (3,))         # after the second step
-    saved, real, count, poison = (tmp_path / "checkpoint.pt").read_bytes(), F.cross_entropy, 0, 0
+    saved, real, left = (tmp_path / "checkpoint.pt").read_bytes(), F.cross_entropy, 0
 
     def poisoned(*args, **kw):
-        nonlocal count
-        count += 1
-        return real(*args, **kw) * (math.nan if count == poison else 1)
+        nonlocal left
+        left -= 1
+        return real(*args, **kw) * (math.nan if left == 0 else 1)
 
     monkeypatch.setattr(F, "cross_entropy", poisoned)
-    for poison in range(1, 2 if method == "evaluate" else 4):
-        count, _ = 0, capsys.readouterr()
+    for n in range(1, 2 if method == "evaluate" else 4):
+        left, _ = n, capsys.readouterr()
         assert run_script(module, "--resume", "--device", "cpu", "--out", tmp_path) == 1
         assert "is not finite" in one_line(capsys)
         assert (tmp_path / "checkpoint.pt").read_bytes() == saved
@@ -2861,38 +2833,28 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(ops, "synthetic", other)
     assert run_script(lpt, "--resume", "--device", "cpu", "--out", tmp_path / "lpt") == 2
-    assert "the data is not that" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run_script(lpt, "--resume", "--out", tmp_path / "lpt") == 2
-    assert "the data" in capsys.readouterr().err                   # no torchrun without RANK
-    monkeypatch.setenv("RANK", "0")
-    assert run_script(lpt, "--resume", "--out", tmp_path / "lpt") == 2
-    assert "world_size" in capsys.readouterr().err
+    assert "another data" in capsys.readouterr().err
+    monkeypatch.setattr(ops, "synthetic", few)
+    monkeypatch.setattr(ops, "world_size", lambda: 2)
+    assert run_script(lpt, "--resume", "--device", "cpu", "--out", tmp_path / "lpt") == 2
+    assert "another world_size" in capsys.readouterr().err
 
 
-def test_a_folder_of_any_name(tmp_path):
-    """Bytes that are no text; the home folder's sign."""
-    assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out",
-                      f"{tmp_path}/bad\udcff") == 0
+def test_the_saved_cell_is_gone_on_with(tmp_path, monkeypatch):
+    """Whatever has become of its file."""
+    cell, argv = tmp_path / "cell.json", [*TINY, "--epochs", 2, "--checkpoint-minutes", 0]
+    cell.write_text(genotypes.to_json(genotypes.random_cell(1)))
+    argv += ["--arch", cell, "--out", tmp_path / "e"]
+    interrupted(evaluate, argv, tmp_path / "e", monkeypatch, [2])
+    cell.unlink()
+    assert run_script(evaluate, *argv, "--resume") == 0
+    result = json.loads((tmp_path / "e" / "result.json").read_text())
+    assert result["genotype"] == json.loads(json.dumps(genotypes.random_cell(1)._asdict()))
+
+
+def test_the_home_folders_sign():
     args, _ = lpt.get_args(["--data=~/x", "--out", "~/y"])
     assert args.data == Path.home() / "x" and args.out == Path.home() / "y"
-
-
-def test_resume_compares_content_not_paths(tmp_path, capsys):
-    root, cell = write_folder(tmp_path / "a"), tmp_path / "cell.json"
-    cell.write_text(genotypes.to_json(genotypes.random_cell(1)))
-    assert run_script(evaluate, "--arch", cell, *SMALL[2:], "--image-size", 12, "--batch-size", 6,
-                      "--epochs", 1, "--dataset", f"folder:{root}", "--out", tmp_path / "e") == 0
-    root.rename(tmp_path / "b")
-    (tmp_path / "e").rename(tmp_path / "f")
-    again = ["--resume", "--device", "cpu", "--dataset", f"folder:{tmp_path}/./b", "--out",
-             tmp_path / "f"]
-    assert run_script(evaluate, *again) == 0
-    cell.write_text(genotypes.to_json(genotypes.random_cell(2)))
-    capsys.readouterr()
-    assert run_script(evaluate, *again) == 2 and "is not that of the run" in one_line(capsys)
-    cell.unlink()
-    assert run_script(evaluate, *again) == 0                       # the checkpoint has the cell
 
 
 @pytest.mark.parametrize("argv,env,word", [
@@ -2900,34 +2862,28 @@ def test_resume_compares_content_not_paths(tmp_path, capsys):
     (["lpt.py", "--dataset", "folder:loop", "--image-size", "8"], {}, "loop"),
     (["lpt.py", "--dataset", "synthetic:3", "--out", "loop/run"], {}, "loop"),
     (["evaluate.py", "--summary", "loop"], {}, "loop"),
-    (["lpt.py", "--quick"], {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is set"),
-    (["lpt.py", "--help"], {"PYTHONIOENCODING": "ascii:strict"}, "")], ids=str)
+    (["lpt.py", "--quick"], {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is set")],
+    ids=str)
 def test_what_fails_before_anything_is_written_is_one_line(argv, env, word, tmp_path):
-    """Paths that the system refuses, torchrun's variables without its address, ASCII output."""
+    """Paths that the system refuses, torchrun's variables without its address."""
     (tmp_path / "loop").symlink_to("loop")
     done = subprocess.run([sys.executable, HERE / argv[0], *argv[1:]], cwd=tmp_path, text=True,
                           capture_output=True, env={**os.environ, **env, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == (2 if word else 0) and word in done.stderr
-    assert done.stderr.count("\n") == bool(word) and not (tmp_path / "runs").exists()
+    assert done.returncode == 2 and word in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("error", slow_but({0, 2}, [
-    OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "Read-only file system"),
-    torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory")]), ids=str)
-def test_what_ends_a_run_leaves_its_files(error, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     def fail(*args):
         if (tmp_path / "run" / "log.jsonl").exists():
-            raise error
+            raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
-    where = (os, "fsync") if isinstance(error, OSError) else (lpt, "virtual_weights")
-    real = getattr(*where)
-    monkeypatch.setattr(*where, fail)
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", fail)
     assert run_script(lpt, *TINY, "--epochs", 3, "--out", tmp_path / "run") == 1
-    assert str(error) in (message := one_line(capsys))
-    assert isinstance(error, OSError) or "lower --batch-size" in message
-    assert ops.read_checkpoint(tmp_path / "run")["run"]["step"] in (0, 2)
+    assert "No space left" in one_line(capsys)
+    assert ops.read_checkpoint(tmp_path / "run")["run"]["step"] == 0
 
 
 def growth(job, folder, measure, steps, epoch_steps, replace=setattr):
@@ -3077,9 +3033,8 @@ def test_a_killed_process_ends_the_job(tmp_path):
         time.sleep(0.1)
     started[1].kill()
     begin = time.time()
-    code, _, error = finish(started[:1], 60)[0]
+    code, *_ = finish(started[:1], 60)[0]
     assert code == 1 and time.time() - begin < 30
-    assert "another process of this run is gone" in error and "Traceback" not in error
 
 
 @slow
@@ -3104,18 +3059,11 @@ def test_processes_name_the_broken_image_and_end_odd_epochs(tmp_path):
 
 def arguments(**changes):
     return argparse.Namespace(**dict(device="cpu", tf32=False, deterministic=False, amp="off",
-                                     graphs=False, resume="no", out=Path("nowhere")) | changes)
+                                     graphs=False, resume=False, out=Path("nowhere")) | changes)
 
 
-def test_all_processes_look_before_one_writes(tmp_path, monkeypatch):
-    """A slow process must not find the folder that rank 0 has filled, nor download beside it."""
-    def fill():
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "log.jsonl").touch()
-
-    monkeypatch.setattr(ops, "barrier", fill)
-    ops.start(arguments(out=tmp_path / "out"))
-    ops.Claim.drop()
+def test_one_process_downloads(tmp_path, monkeypatch):
+    """A slow process must not download beside rank 0."""
     order = []
     monkeypatch.setattr(ops, "barrier", lambda: order.append("barrier"))
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *args, **kw: (
@@ -3284,23 +3232,6 @@ def test_what_amp_computes_in_bfloat16(module, argv, passes, tmp_path, monkeypat
         assert sum(seen) == count
 
 
-def test_devices_that_cannot_do_it_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated)
-    with pytest.raises(ops.BadInput, match="emulates bfloat16"):
-        ops.start(arguments(device="cuda", amp="bf16"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    for rank in "01":                                              # every process says so
-        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(ops.BadInput, match="--nproc-per-node: at most 1"):
-            ops.start(arguments(device="cuda"))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ops.BadInput, match="--device mps"):
-        ops.start(arguments(device="mps"))
-
-
 class Recorder(TorchDispatchMode):
     """Records operators as a CUDA graph does: with the numbers that they are given, in place; what
     a graph cannot hold is an error. Recording leaves no trace: tensors are put back."""
@@ -3396,8 +3327,6 @@ def test_a_replayed_run_ends_with_an_eager_ones_bits(job, graphs, tmp_path, monk
     eager, *others = (finals(tmp_path / name) for name in ("eager", "graphs", "cut"))
     for found in others:
         found = dict(zip(found[::2], found[1::2]))
-        assert [found.pop(f"(MappingKey(key='{key}'), MappingKey(key='graphs'))")
-                for key in ("args", "changed")] == [True, True]
         assert same([*found.values()], [v for k, v in zip(eager[::2], eager[1::2]) if k in found])
 
 
@@ -3514,28 +3443,6 @@ def test_graphs_are_refused_by_name(monkeypatch):
         ops.refuse_graphs(lease.get_args(["--graphs"])[0], gpu)
     with pytest.raises(ops.BadInput, match="needs a CUDA GPU"):
         ops.start(arguments(graphs=True))
-
-
-@slow
-def test_without_what_windows_lacks(tmp_path):
-    """A search and an evaluation where these are not there."""
-    code = f"""
-import os, sys
-sys.modules["resource"] = sys.modules["fcntl"] = None
-for name in ("setpgrp", "sched_getaffinity", "O_DIRECTORY", "fork", "killpg"):
-    delattr(os, name)
-sys.path.insert(0, {str(HERE)!r})
-import test_smoke
-test_smoke.make_small()
-small = {[str(v) for v in TINY]} + ["--epochs", "1", "--out"]
-out = {str(tmp_path)!r}
-assert test_smoke.run_script(test_smoke.lpt, *small, out + "/s") == 0
-assert test_smoke.run_script(test_smoke.evaluate, "--arch", out + "/s/genotype.json", *small,
-                             out + "/e") == 0
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "test error" in done.stdout and "peak memory" not in done.stdout
 
 
 def auc(low, high):
