@@ -21,12 +21,10 @@ import os
 import pickle
 import re
 import shlex
-import struct
 import sys
 import time
 import zipfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -871,7 +869,7 @@ class ImageSet:
 @dataclass(eq=False)
 class ImageFiles(Dataset):
     """Images in files, read when they are asked for, by `workers` processes: ImageNet."""
-    folder: "Folder"
+    files: list[str]
     labels: Tensor          # on the CPU
     classes: list[str]
     side: int               # of the square images, in pixels
@@ -890,18 +888,15 @@ class ImageFiles(Dataset):
     def read(self, requests):
         loader = DataLoader(self, batch_size=None, sampler=requests, num_workers=self.workers,
                             pin_memory=self.device.type == "cuda", generator=torch.Generator())
-        for x, rows, error in loader:                             # rows are a tensor by now
-            if error:
-                raise BadInput(error)
-            x = normalised(x.to(self.device, non_blocking=True), self.mean, self.std)
-            yield x, self.labels[rows].to(self.device), rows.to(self.device)
+        try:
+            for x, rows in loader:                                # rows are a tensor by now
+                x = normalised(x.to(self.device, non_blocking=True), self.mean, self.std)
+                yield x, self.labels[rows].to(self.device), rows.to(self.device)
+        except BadInput as error:                                 # torch adds the process's lines
+            raise BadInput(str(error).splitlines()[-1]) from None
 
     def __getitem__(self, request: Request):
-        """Return what a reading process sends: images, their rows, what went wrong."""
-        try:
-            return self.load(request), request.rows[request.part], ""
-        except BadInput as error:                                 # its class would not arrive
-            return None, None, str(error)
+        return self.load(request), request.rows[request.part]
 
     def load(self, request: Request) -> Tensor:
         """Return the images of a request, (N, 3, H, W) uint8. With a key each is a random resized
@@ -914,7 +909,7 @@ class ImageFiles(Dataset):
             np.random.default_rng(key).integers(2 ** 63, size=len(rows))[request.part])
         images, state = [], torch.get_rng_state()
         for row, seed in zip(rows[request.part], seeds):
-            image = read_image(self.folder.samples[row][0])
+            image = read_image(self.files[row])
             torch.default_generator.manual_seed(int(seed))        # v2 draws from this generator
             image = centre(image, (side, side), 256 / 224) if key is None else change(image)
             images.append(v2.functional.pil_to_tensor(image))
@@ -926,8 +921,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Return an image as RGB of 8 bits: upright; transparent parts on white; 16 bits divided by
     257; floats from 0 to 1 times 255. Raises ValueError for other deep images, whose white is not
     known."""
-    with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, struct.error):
-        image = ImageOps.exif_transpose(image)                    # no error: a damaged EXIF part
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image).astype(np.float64)
         low, high, white = pixels.min(), pixels.max(), 1 if image.mode == "F" else 65535
@@ -954,62 +948,8 @@ def read_image(file: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             return as_rgb(image)
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, struct.error,
-            Image.DecompressionBombError) as error:               # whatever a broken file raises
+    except Exception as error:                                    # Pillow's decoders raise any
         raise BadInput(f"cannot read the image {file}: {error}") from None
-
-
-class Folder(torchvision.datasets.ImageFolder):
-    """An ImageFolder of every format that Pillow reads. It ignores hidden files and folders, and
-    prints how many other files it skips."""
-
-    def __init__(self, root):
-        endings = {ending for ending, name in Image.registered_extensions().items()
-                   if name in Image.OPEN}
-        left_out = Counter()
-
-        def is_image(file):
-            ending = Path(file).suffix.lower()
-            hidden = f"{os.sep}." in file.removeprefix(str(root))
-            left_out[ending or "no ending"] += not hidden and ending not in endings
-            return not hidden and ending in endings
-
-        super().__init__(root, is_valid_file=is_image)
-        if left_out.total():
-            print(f"skipped files in {root}, by extension: {dict(+left_out)}")
-
-    def find_classes(self, directory):
-        names = class_names(directory)
-        if not os.path.isdir(directory):
-            raise FileNotFoundError("there is no such folder")
-        if len(names) < 2:
-            raise FileNotFoundError(f"it has {len(names) or 'no'} class folder"
-                                    + (f", {names[0]}; two are needed" if names else "s"))
-        return names, {name: i for i, name in enumerate(names)}
-
-
-def class_names(folder) -> list[str]:
-    """Return the names of the visible subfolders of a folder; [] if it does not exist."""
-    if not os.path.isdir(folder):
-        return []
-    return sorted(entry.name for entry in os.scandir(folder)
-                  if entry.is_dir() and not entry.name.startswith("."))
-
-
-def test_folder(root: Path, classes: list[str]) -> Path:
-    """Return test/ or val/ of root, whichever has the training images' classes. Raises BadInput,
-    which says what each of them lacks."""
-    problems = []
-    for folder in (root / "test", root / "val"):
-        names = class_names(folder)
-        if names == classes:
-            return folder
-        odd = min(set(names) ^ set(classes))
-        problems.append(f"{folder} " + (
-            "is not there" if not folder.is_dir() else "has no class folders" if not names else
-            f"{'has' if odd in names else 'lacks'} the class {odd!r}, which train/ "
-            f"{'has' if odd in classes else 'lacks'}"))
-    raise BadInput(f"no test images: {'; '.join(problems)}; --hold-out N tests on training images")
 
 
 def image_set(images: Tensor, labels, classes, device) -> ImageSet:
@@ -1038,30 +978,24 @@ def load_images(dataset: str, args, device, classes: list[str] | None = None):
         return synthetic(int(option or 10), size or 32, device, test)
     if name not in ("folder", "imagenet"):
         return load_cifar(dataset, args.data, size or 32, device, test)
-    root = path(option or args.data)
-    where = test_folder(root, classes) if test else root / "train"
+    root, endings = path(option or args.data), Image.registered_extensions()
+    where = root / "train"
+    if test:
+        where = root / ("test" if name == "folder" and (root / "test").is_dir() else "val")
     try:
-        folder = Folder(where)
+        folder = torchvision.datasets.ImageFolder(
+            where, is_valid_file=lambda file: Path(file).suffix.lower() in endings)
     except OSError as error:
         raise BadInput(f"no images in {where}: {error}; DIR must hold train/, and test/ or val/, "
                        "each with a folder of images per class") from None
-    if not test and not args.hold_out:
-        try:
-            test_folder(root, folder.classes)
-        except BadInput as error:
-            print(f"note: {error}")
-    data = ImageFiles(folder, torch.tensor(folder.targets), folder.classes, size or 224,
+    if test and folder.classes != classes:
+        odd = min(set(folder.classes) ^ set(classes))
+        raise BadInput(f"{where} and {root / 'train'} have different classes: {odd!r} is in one")
+    files, labels = zip(*folder.samples)
+    if name == "folder":
+        return read_folder(files, labels, folder.classes, size, device)
+    return ImageFiles(list(files), torch.tensor(labels), folder.classes, size or 224,
                       torch.device(device), args.workers)
-    data = read_folder(folder, size, device) if name == "folder" else data
-    if not test and (largest := data.pixels(sample_rows(data)).max()) < 32:
-        raise BadInput(f"the images in {where} are nearly black: their largest value is {largest} "
-                       "of 255. 16-bit files must use the whole range up to 65535")
-    return data
-
-
-def sample_rows(data) -> np.ndarray:
-    """Return 16 rows that stand for a data set."""
-    return np.linspace(0, len(data.labels) - 1, 16).astype(int)
 
 
 def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> ImageSet:
@@ -1082,18 +1016,18 @@ def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Image
     return image_set(images, cifar.targets, cifar.classes, device)
 
 
-def read_folder(folder: Folder, image_size: int | None, device) -> ImageSet:
-    """Return all images of a folder, resized and centre-cropped to image_size if given."""
-    for row, (file, _) in enumerate(folder.samples):
+def read_folder(files, labels, classes, image_size: int | None, device) -> ImageSet:
+    """Return the images in files, resized and centre-cropped to image_size if given."""
+    for row, file in enumerate(files):
         image = read_image(file)
         image = centre(image, (image_size, image_size)) if image_size else image
         if row == 0:
-            images = torch.empty(len(folder), 3, image.height, image.width, dtype=torch.uint8)
+            images = torch.empty(len(files), 3, image.height, image.width, dtype=torch.uint8)
         if images.shape[2:] != (image.height, image.width):
             raise BadInput(f"{file} is {image.width} x {image.height} pixels and the images before "
                            "it are not: give --image-size")
         images[row] = v2.functional.pil_to_tensor(image)
-    return image_set(images, folder.targets, folder.classes, device)
+    return image_set(images, labels, classes, device)
 
 
 def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> ImageSet:
@@ -1256,14 +1190,6 @@ def new_parser(description: str, example: str) -> argparse.ArgumentParser:
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def reading_processes() -> int:
-    """Return how many processes read images by default: one for each core that this process may
-    use, shared with the others on the machine under torchrun; at most 8, as each holds batches."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    return max(1, min(8, cores // processes))
-
-
 def data_arguments(parser):
     add = parser.add_argument_group("the images").add_argument
     add("--data", type=path, default=Path("data"),
@@ -1277,9 +1203,8 @@ def data_arguments(parser):
     add("--hold-out", type=number(int, 0), default=0,
         help="number of training images to leave out for evaluate.py to test on; Skillearn's "
              "lambda study leaves out 5000 (§3.2.4)")
-    add("--workers", type=number(int, 0), default=reading_processes(),
-        help="processes that read ImageNet's files for each stream; one per core, at most 8, "
-             "unless given")
+    add("--workers", type=number(int, 0), default=4,
+        help="processes that read ImageNet's files for each stream")
 
 
 def search_arguments(parser):
@@ -1380,7 +1305,7 @@ def check_search(args):
 
 
 def parse(parser, argv, method: str, recipe):
-    """Return the parsed arguments and, with --resume, the checkpoint to go on from, if there is one.
+    """Return the parsed arguments and, with --resume, the checkpoint to go on from, or None.
 
     recipe(chosen) gives the defaults that depend on other arguments, from a first parsing;
     args.changed is what differs from them. With --resume the defaults are the saved run's, and what
@@ -1532,7 +1457,8 @@ def read_checkpoint(folder: Path) -> dict:
 def fingerprint(data) -> str:
     """Return a hash of a data set: its size, classes and labels, and 16 of its images."""
     digest = hashlib.sha256(str((len(data.labels), data.size, data.classes)).encode())
-    for tensor in (data.labels, data.pixels(sample_rows(data))):
+    rows = np.linspace(0, len(data.labels) - 1, 16).astype(int)
+    for tensor in (data.labels, data.pixels(rows)):
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -1540,7 +1466,8 @@ def fingerprint(data) -> str:
 class Run:
     """A run's folder and its place in the schedule: all that --resume needs beside the learners.
 
-    about: what the run is, as plain values. state: the stage; the next step of the run; the sums of the current epoch's figures and the
+    about: what the run is, as plain values.
+    state: the stage; the next step of the run; the sums of the current epoch's figures and the
     seconds spent on it; one line per finished epoch; why the run ended early, or None.
     more: further plain values to save in the checkpoint.
     """

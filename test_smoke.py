@@ -47,7 +47,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -58,7 +57,6 @@ import unittest.mock
 import warnings
 import weakref
 import xml.etree.ElementTree
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -1998,15 +1996,11 @@ def write_folder(root, sizes=(12,), classes=("cat", "dog"), n=12, parts=("train"
     return root
 
 
-def test_folder_of_images(tmp_path, capsys):
+def test_folder_of_images(tmp_path):
     root = write_folder(tmp_path / "a")
     (root / "train" / "cat" / "notes.txt").write_text("left out")
-    (root / "train" / ".cache").mkdir()                            # neither a class nor images
-    (root / "train" / "cat" / "._0.png").write_text("")
-    shutil.copytree(root / "train" / "dog", root / "train" / "dog" / ".ipynb_checkpoints")
     data = images("folder", root)
     assert data.images.shape == (24, 3, 12, 12) and data.classes == ["cat", "dog"]
-    assert "by extension: {'.txt': 1}" in capsys.readouterr().out
     first = np.asarray(ops.Image.open(root / "train" / "cat" / "0.png"))
     assert np.array_equal(data.images[0].permute(1, 2, 0).numpy(), first)
     mixed = write_folder(tmp_path / "b", sizes=(12, 20), parts=("train", "val"))
@@ -2014,20 +2008,8 @@ def test_folder_of_images(tmp_path, capsys):
     assert images("folder", mixed, 16, classes=["cat", "dog"]).images.shape == (24, 3, 16, 16)
     with pytest.raises(ops.BadInput, match="--image-size"):
         images("folder", mixed)
-    (mixed / "val" / "eel").mkdir()                                # no class of train/
-    with pytest.raises(ops.BadInput, match="has the class 'eel', which train/ lacks"):
-        images("folder", mixed, 16, classes=["cat", "dog"])
-    assert images("folder", mixed, 16).classes == ["cat", "dog"] and "note: " in (
-        capsys.readouterr().out)                                   # a search does not need them
-    images("folder", mixed, 16, hold_out=5)
-    assert capsys.readouterr().out == ""
-    with pytest.raises(ops.BadInput, match="nowhere/train: there is no such folder"):
-        images("folder", tmp_path / "nowhere")
-    write_folder(tmp_path / "b", parts=("test",))                  # test/ has them
-    assert images("folder", mixed, 16, classes=["cat", "dog"]).images.shape == (24, 3, 16, 16)
-    shutil.rmtree(root / "train" / "dog")                          # no error of 0% on one class
-    with pytest.raises(ops.BadInput, match="it has 1 class folder, cat; two are needed"):
-        images("folder", root)
+    with pytest.raises(ops.BadInput, match="different classes: 'eel' is in one"):
+        images("folder", mixed, 16, classes=["cat", "dog", "eel"])
 
 
 def test_images_of_every_mode(tmp_path):
@@ -2047,37 +2029,15 @@ def test_images_of_every_mode(tmp_path):
         assert np.array_equal(np.asarray(ops.as_rgb(image)), expected), image.mode
     exif = ops.Image.Exif()
     exif[0x112] = 6                                                # a camera on its side
-    for damaged in (False, True):
-        make(rgb[:, :6]).save(tmp_path / "a.png", exif=b"Exif\0\0no TIFF" if damaged else exif)
-        with ops.Image.open(tmp_path / "a.png") as image:
-            assert ops.as_rgb(image).size == ((6, 8) if damaged else (8, 6))
+    make(rgb[:, :6]).save(tmp_path / "a.png", exif=exif)
+    assert ops.read_image(tmp_path / "a.png").size == (8, 6)
     at = np.asarray(palette) == 0
     assert (np.asarray(ops.as_rgb(palette))[at] == 255).all() and at.any()
     for pixels in (grey.astype(np.int32) * 70000, grey.astype(np.float32), grey / np.float32(-9)):
         with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
             ops.as_rgb(make(pixels))
-    root = write_folder(tmp_path)
-    for file in root.glob("train/*/*"):                            # 12 bits in files of 16
-        make(grey.astype(np.uint16) % 16).save(file)
-    with pytest.raises(ops.BadInput, match="nearly black: their largest value is 0 of 255"):
-        images("folder", root)
     assert ops.centre(make(rgb), (8, 8)).size == (8, 8) and ops.centre(
         make(rgb[:, :6]), (3, 2)).size == (2, 3)
-
-
-@pytest.mark.parametrize("error", [
-    struct.error("unpack"), KeyError("fourcc"), NotImplementedError("pixel format"),
-    SyntaxError("broken"), IndexError("index")], ids=lambda e: type(e).__name__)
-def test_a_decoder_that_fails_names_the_file(error, tmp_path, monkeypatch):
-    """As Pillow's of AVIF, DDS and others do, each in its own way."""
-    root = write_folder(tmp_path)
-
-    def fail(image):
-        raise error
-
-    monkeypatch.setattr(ops, "as_rgb", fail)
-    with pytest.raises(ops.BadInput, match="cannot read the image .*cat.0.png"):
-        images("folder", root)
 
 
 def test_a_download_that_breaks_off_ends_in_a_line(tmp_path, monkeypatch):
@@ -2171,54 +2131,8 @@ def test_images_from_files_do_not_hang_on_the_workers(tmp_path, started):
             stream = ops.Stream(data, rows, 8, 1, "train")
             [stream(step) for step in range(5)]
     del sets, streams, stream, data     # with their iterations the processes end
+    gc.collect()                        # those that an error holds, too
     assert started and not any(process.is_alive() for process in started)
-
-
-def test_reading_asks_for_no_gpu_and_shares_the_cores(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(ops, "DataLoader", lambda *args, **kw: asked.append(kw["pin_memory"]) or [])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    data = images("imagenet", imagenet_folder(tmp_path, 2), 64)
-    list(data.read([]))
-    data.device = torch.device("cuda")
-    list(data.read([]))
-    assert asked == [False, True]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    for processes, expected in (("", 8), (4, 3), (24, 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))     # of no torchrun, without RANK
-        if processes:
-            monkeypatch.setenv("RANK", "0")
-        assert ops.reading_processes() == expected
-
-
-@slow
-@pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:This process")
-def test_imagenet_however_its_reading_processes_start(tmp_path, started, capsys):
-    """A search and an evaluation end with the same bits, however their images are read."""
-    root, found = imagenet_folder(tmp_path / "data"), {}
-    before, small = multiprocessing.get_start_method(), [
-        "--layers", 3, "--channels", 8, "--device", "cpu", "--epochs", 2, "--warm-up", 1]
-    for method, workers in itertools.product(("fork", "spawn", "forkserver"), (0, 1)):
-        multiprocessing.set_start_method(method, force=True)
-        run, at = tmp_path / f"{method}{workers}", tmp_path / f"{method}{workers}-e"
-        started.clear(), capsys.readouterr()
-        assert run_script(lpt, "--dataset", "imagenet", "--data", root, "--image-size", 64, *small,
-                          "--base", "pcdarts", "--batch-size", 6, "--subsets", 0.6, 0.4,
-                          "--workers", workers, "--out", run) == 0
-        assert len(started) == 7 * workers                         # 3 streams, 2 x 2 evaluations
-        command = capsys.readouterr().out.strip().splitlines()[-1].split()
-        assert command[2:] == ["--arch", f"{run}/genotype.json", "--dataset", "imagenet", "--data",
-                               str(root), "--image-size", "64"]
-        assert run_script(evaluate, *command[2:], *small, "--batch-size", 12, "--workers", workers,
-                          "--out", at) == 0
-        found[method, workers] = [flat(torch.load(folder / "checkpoint.pt")["parts"])
-                                  for folder in (run, at)]
-        result = json.loads((at / "result.json").read_text())
-        assert (run / "tests.png").exists() and result["test_images"] == 36
-        assert result["top5_error"] is None and result["drop_path"] == 0
-    multiprocessing.set_start_method(before, force=True)
-    first, *others = found.values()
-    assert all(same(a, b) for other in others for a, b in zip(first, other))
 
 
 # ----------------------------------------------------------------------- command line, bad input
@@ -2240,7 +2154,6 @@ BAD = [
         ["--base", "pdarts", "--layers", 3, 3, "--warm-up", 0], ["--candidates", 5],
         ["--out", "full/notes.txt/run"], ["--resume", "maybe"], ["--seed", 2 ** 64],
         ["--lr", 0.0005])),
-    (lpt, ["--dataset", "folder", "--data", "black"]),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "held"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
     (il, ["--tasks", "cifar100", "nothing"]),
@@ -2274,8 +2187,6 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
     write_folder(tmp_path / "untested", parts=("train",))
     for file in write_folder(tmp_path / "other-size").glob("test/*/*"):
         ops.Image.new("L", (12, 16), 255).save(file)
-    for file in write_folder(tmp_path / "black").glob("train/*/*"):
-        ops.Image.new("L", (12, 12), 31).save(file)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "held").mkdir()
@@ -2307,62 +2218,34 @@ def test_every_number_is_checked(module, tmp_path, monkeypatch, capsys):
     assert tried >= 60
 
 
-def png_claiming(side):
-    """The head of a PNG of side x side pixels that are not there."""
-    head = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(
-        ">I", zlib.crc32(head)) + struct.pack(">I", 99999) + b"IDAT"
-
-
-IMAGE = {                               # what can be wrong with one image among good ones
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[:200]),
-    "cut at the end": lambda file: file.write_bytes(file.read_bytes()[:-40]),
-    "empty": lambda file: file.write_bytes(b""),
-    "text": lambda file: file.write_text("no image"),
-    "noise": lambda file: file.write_bytes(bytes(range(256)) * 4),
-    "only a head": lambda file: file.write_bytes(png_claiming(12)),
-    "too large": lambda file: file.write_bytes(png_claiming(50000)),
-    "large": lambda file: file.write_bytes(png_claiming(11000)),
-    "a dead link": lambda file: (file.unlink(), file.symlink_to("nowhere")),
-    "a link to itself": lambda file: (file.unlink(), file.symlink_to(file.name)),
-    "a strange name": lambda file: file.rename(file.with_name("a\nb.png")).write_bytes(b""),
-}
-TREE = {                                # and with the folder train/, whose two classes have 12 each
-    "no folder": shutil.rmtree,
-    "a file": lambda train: (shutil.rmtree(train), train.write_text("")),
-    "a link to itself": lambda train: (shutil.rmtree(train), train.symlink_to("train")),
-    "no classes": lambda train: [shutil.rmtree(folder) for folder in list(train.iterdir())],
-    "images without a class": lambda train: [
-        (shutil.copytree(folder, train, dirs_exist_ok=True), shutil.rmtree(folder))
-        for folder in list(train.iterdir())],
-    "an empty class": lambda train: (train / "ant").mkdir(),
-    "no images": lambda train: [file.rename(file.with_suffix(".txt"))
-                                for file in list(train.glob("*/*"))],
-    "too few images": lambda train: [file.unlink() for file in list(train.glob("*/*"))[2:]],
-}
+BROKEN = {                              # an image among good ones, or the folder train/
+    "truncated": lambda file, train: file.write_bytes(file.read_bytes()[:200]),
+    "empty": lambda file, train: file.write_bytes(b""),
+    "text": lambda file, train: file.write_text("no image"),
+    "a dead link": lambda file, train: (file.unlink(), file.symlink_to("nowhere")),
+    "no folder": lambda file, train: shutil.rmtree(train),
+    "no classes": lambda file, train: [shutil.rmtree(each) for each in list(train.iterdir())],
+    "an empty class": lambda file, train: (train / "ant").mkdir(),
+    "too few images": lambda file, train: [each.unlink() for each in list(train.glob("*/*"))[2:]]}
 READERS = {
     lpt: ["--dataset", "folder", "--data", "tree"], il: ["--tasks", "folder:tree"],
-    lease: ["--dataset", "imagenet", "--data", "tree", "--subsets", 0.5, 0.5, "--workers", 0],
+    lease: ["--dataset", "imagenet", "--data", "tree", "--subsets", 0.5, 0.5, "--workers", 1],
     evaluate: ["--arch", "random:1", "--dataset", "folder:tree"]}
 
 
-@pytest.mark.filterwarnings("ignore:Image size")                   # of the one that is too large
-@pytest.mark.parametrize("module,what", [
-    *((lpt, what) for what in [*IMAGE, *(f"train: {what}" for what in TREE)]),
-    (il, "truncated"), (lease, "cut at the end"), (evaluate, "train: no images")],
-    ids=lambda v: getattr(v, "__name__", v))
+@pytest.mark.parametrize("module,what", [*((lpt, what) for what in BROKEN), (il, "truncated"),
+                                         (lease, "truncated"), (evaluate, "an empty class")],
+                         ids=lambda v: getattr(v, "__name__", v))
 def test_broken_images_and_folders(module, what, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    root = write_folder(tmp_path / "tree")
-    file = root / "train" / "dog" / "7.png"
-    TREE[what[7:]](root / "train") if what[7:] in TREE else IMAGE[what](file)
-    begin = time.time()
+    train = write_folder(tmp_path / "tree") / "train"
+    file = train / "dog" / "7.png"
+    BROKEN[what](file, train)
     some = [*SMALL[2:], "--image-size", 12, "--batch-size", 6, "--epochs", 9]
     assert run_script(module, *some, *READERS[module]) == 2
     error = one_line(capsys)
-    assert time.time() - begin < 5
-    if what in IMAGE and what != "a strange name":
-        assert str(file.relative_to(tmp_path)) in error
+    assert (str(file.relative_to(tmp_path)) in error) == (
+        what in ("truncated", "empty", "text", "a dead link"))
     assert module is lease or not (tmp_path / "runs").exists()    # which reads as it goes
 
 
@@ -3045,7 +2928,7 @@ def test_processes_name_the_broken_image_and_end_odd_epochs(tmp_path):
     key = ops.Stream(data, np.arange(36), 12, 1, "evaluate").key
     rows = next(ops.requests(np.arange(36), 12, key, slice(None), (0, True), 0)).rows[6:]
     seen_by_both = np.linspace(0, 35, 16).astype(int)              # for the data's fingerprint
-    file = Path(data.folder.samples[next(r for r in rows if r not in seen_by_both)][0])
+    file = Path(data.files[next(r for r in rows if r not in seen_by_both)])
     file.write_bytes(file.read_bytes()[:200])
     argv = ["--dataset", "imagenet", "--data", root, *SMALL[2:], "--image-size", 64, "--arch",
             "random:1", "--batch-size", 12, "--epochs", 1, "--workers", 0]
