@@ -25,7 +25,7 @@ import sys
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps  # Pillow comes with torchvision
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -603,66 +604,35 @@ def autocast(device, on: bool):
 
 # ------------------------------------------------------------------------------------ CUDA graphs
 # A step launches thousands of small kernels, and a GPU waits for each. With --graphs a pass's
-# kernels are recorded once and replayed together.
+# kernels are recorded once an epoch and replayed together.
 
-
-def leaves(value):
-    """Yield what lists, tuples, dictionaries and dataclasses hold, however nested."""
-    if is_dataclass(value):
-        value = [getattr(value, field.name) for field in fields(value)]
-    elif isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, (list, tuple)):
-        yield value
-        return
-    for each in value:
-        yield from leaves(each)
-
-
-def numbers(m) -> list:
-    """Return the numbers that a pass of the learners m may read and that change in a run: each
-    optimizer's settings and its count of momenta, each network's mode, knobs and drop-path."""
-    read = []
-    for part in leaves(m):
-        if isinstance(part, torch.optim.Optimizer):
-            read += [len(part.state), *leaves(part.param_groups)]
-        elif isinstance(part, nn.Module):
-            read += leaves(vars(part))
-    return [value for value in read if isinstance(value, (int, float))]
+recordings = {}         # of this epoch: (pass, shapes) -> its graph, what it was given, its result
 
 
 def graphed(function):
     """Make function(m, batches, args, ...) of learners m a CUDA graph if args.graphs is set.
 
     A replay repeats the recorded kernels, with the numbers that they were given, in the memory that
-    they used. So a pass is recorded at its second call with the same numbers(m), when all momenta
-    exist; tensors among the arguments are copied into those of the recording; whatever m holds must
-    stay where it is. Each call overwrites the result of the one before.
+    they used. Such numbers, as learning rates, change between epochs, and momenta exist after the
+    first step: so in each epoch (Run.steps) a pass runs as it is, is recorded at its second call
+    and replayed from then on. Tensors among the arguments are copied into those of the recording;
+    whatever m holds must stay where it is. Each call overwrites the result of the one before.
     """
     @functools.wraps(function)
     def call(m, batches, args, *more):
         if not args.graphs:
             return function(m, batches, args, *more)
-        now, given = numbers(m), [t for t in leaves((batches, more)) if torch.is_tensor(t)]
-        if now != getattr(m, "recorded_numbers", None):
-            m.recorded_numbers, m.recordings = now, {}            # frees the memory of all graphs
+        given = [t for t in tree_leaves((batches, more)) if torch.is_tensor(t)]
         key = function, *(t.shape for t in given)
-        if key not in m.recordings:
-            m.recordings[key] = None
+        if key not in recordings:
+            recordings[key] = None
             return function(m, batches, args, *more)
-        if m.recordings[key] is None:
+        if recordings[key] is None:
             graph = torch.cuda.CUDAGraph()
-            pool = next((made[0].pool() for made in m.recordings.values() if made), None)
-            try:
-                with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                    m.recordings[key] = graph, given, function(m, batches, args, *more)
-            except RuntimeError as error:
-                print(f"--graphs: {function.__name__} cannot be recorded; this run goes on without "
-                      f"it ({str(error).splitlines()[0]})", flush=True)
-                args.graphs, m.recordings = False, {}
-            if not args.graphs:                                   # the failed one's memory is free
-                return function(m, batches, args, *more)
-        graph, recorded, result = m.recordings[key]
+            pool = next((made[0].pool() for made in recordings.values() if made), None)
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                recordings[key] = graph, given, function(m, batches, args, *more)
+        graph, recorded, result = recordings[key]
         with torch.no_grad():
             for old, new in zip(recorded, given):
                 if old is not new:
@@ -1519,6 +1489,7 @@ class Run:
         """Yield the steps of the run that are left of the present epoch. Within it the run is saved
         every --checkpoint-minutes; what is drawn in a step is a function of (seed, step, rank)."""
         state, self.lap = self.state, time.time()
+        recordings.clear()                                        # of the epoch before
         end = (state["step"] // self.epoch_steps + 1) * self.epoch_steps
         while state["step"] < end:
             seed_all(self.args.seed, state["step"], rank())

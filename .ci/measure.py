@@ -168,6 +168,7 @@ def peer_step(what, whose, device, peers, x, y):
 def workload(kind, device, batch=None, peers=None):
     """Return one step to time, for kind "what: whose"."""
     what, _, whose = kind.partition(": ")
+    ops.recordings.clear()                                         # of another workload's learners
     batch = batch or (16 if device.type == "cpu" else 96 if what == "evaluation" else 64)
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32).to(device), torch.randint(100, (batch,)).to(device)
