@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import sys
@@ -708,9 +707,8 @@ def new_stage(run, classes: list[int], device):
     alphas = initial_alphas(device, kept, args.partial)
     alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
                                  weight_decay=args.alpha_weight_decay)
-    kinds = {len(names) for cell in kept for names in cell}
     print(f"stage {stage + 1} of {len(args.layers)}: {args.layers[stage]} cells, "
-          f"{'/'.join(map(str, sorted(kinds)))} candidates an edge")
+          f"{args.candidates[stage]} candidates an edge")
     return nets, opts, alphas, alpha_opt
 
 
@@ -1261,17 +1259,10 @@ def check_search(args):
     """Raise BadInput where a search's arguments do not go together."""
     if len(args.layers) != len(args.candidates):
         raise BadInput(f"--layers: {args.base} has {len(args.candidates)} stages")
-    if args.warm_up >= args.epochs:
-        raise BadInput(f"--warm-up {args.warm_up}: A would learn in none of a stage's "
-                       f"{args.epochs} epochs")
-    if args.lr < args.lr_min:
-        raise BadInput(f"--lr {args.lr:g} is below --lr-min {args.lr_min:g}: the rate would rise")
     if args.channels % (2 * args.partial):
         raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
     if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
         raise BadInput("--gradient exact: needs one process, and not --amp bf16-all")
-    if args.subsets and (sum(args.subsets) > 1 or not min(args.subsets) > 0):
-        raise BadInput("--subsets: two shares above 0, together at most 1")
 
 
 def parse(parser, argv, method: str, recipe):
@@ -1412,16 +1403,11 @@ def read_checkpoint(folder: Path) -> dict:
         with zipfile.ZipFile(path) as archive:                    # torch.save makes one
             if archive.testzip():
                 raise zipfile.BadZipFile("a checksum is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"there is no {path}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, zipfile.BadZipFile,
-            zlib.error, pickle.UnpicklingError) as error:
-        what = "cannot be read" if isinstance(error, PermissionError) else "is damaged"
-        raise BadInput(f"{path} {what}: {error}") from None
-    if not isinstance(content, dict) or not {"method", "args", "run"} <= content.keys():
-        raise BadInput(f"{path} is no checkpoint of a run")
-    return content
+    except Exception as error:                                    # whatever a damaged file raises
+        raise BadInput(f"{path} is damaged: {error}") from None
 
 
 def fingerprint(data) -> str:
@@ -1458,12 +1444,8 @@ class Run:
         """Take the learners and optimizers of a stage; a checkpoint's states go into them."""
         self.parts = parts
         if self.checkpoint:
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(self.checkpoint["parts"][name])
-            except (RuntimeError, ValueError, LookupError) as error:
-                raise BadInput(f"--resume: the checkpoint in {self.args.out} does not fit: "
-                               f"{error}") from None
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint["parts"][name])
             self.checkpoint = None
         elif not self.state["step"]:                              # so that --resume always can
             write(self.args.out / "run.json", json.dumps(self.about, indent=1) + "\n")
@@ -1547,23 +1529,15 @@ class Run:
         write(self.args.out / f"{name}.png", content.getvalue())
 
 
-def print_next(run):
-    """Print where a search's cell is, how decided, and the commands that evaluate it."""
-    args, entropy = run.args, run.state["history"][-1]["alpha_entropy"]
-    if entropy > 0.98 * math.log(args.candidates[-1]):
-        print(f"alpha_entropy {entropy:.3f} of ln {args.candidates[-1]} = "
-              f"{math.log(args.candidates[-1]):.3f}: the operations of an edge are nearly tied; "
-              "more epochs or a larger --alpha-lr decide more")
+def print_next(args):
+    """Print where a search's cell is, and the commands that evaluate it."""
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     for dataset in task_names(args):
-        parts = ["python evaluate.py --arch", shlex.quote(f"{args.out}/genotype.json"),
-                 "--dataset", shlex.quote(dataset)]
-        if dataset in ("cifar10", "cifar100", "folder", "imagenet"):  # the others name their place
-            parts.append(f"--data {shlex.quote(str(args.data))}")
-        parts += [f"--image-size {args.image_size}"] if args.image_size else []
-        parts += [f"--hold-out {args.hold_out}"] if args.hold_out else []
-        parts += [] if args.flip else ["--no-flip"]
-        print(*parts, *["--quick"] if args.quick else [])
+        words = ["--arch", f"{args.out}/genotype.json", "--dataset", dataset, "--data", args.data]
+        words += ["--image-size", args.image_size] if args.image_size else []
+        words += ["--hold-out", args.hold_out] if args.hold_out else []
+        words += ["--no-flip"] * (not args.flip) + ["--quick"] * args.quick
+        print("python evaluate.py", shlex.join(map(str, words)))
 
 
 def draw_pictures(rows: dict, size: int) -> Image.Image:

@@ -14,7 +14,6 @@ DistributedDataParallel under torchrun; --batch-size is the whole batch in eithe
 """
 
 import json
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,50 +251,39 @@ NETWORK = ("layers", "channels", "epochs")                        # a column of 
 
 
 def summary(folders: list[Path]) -> str:
-    """Return a Markdown table of the results in run folders or in the folders they lie in: a line
-    per data set, network, cell and settings, whose seeds it takes together. Data are told apart by
-    content. The papers' figures are shown only for their own settings."""
-    def refuse(error):
-        raise ops.BadInput(f"--summary: {error}")
-
-    seen, groups, names = {}, {}, {}
-    for folder in folders:
-        for top, inner, files in os.walk(folder, onerror=refuse, followlinks=True):
-            top = Path(top).resolve()
-            if top in seen:                                       # by a link, or named twice
-                inner.clear()
-            seen[top] = "result.json" in files
-    if not any(seen.values()):
-        raise ops.BadInput("--summary: there is no result.json in these folders")
-    for file in sorted(top / "result.json" for top, has_one in seen.items() if has_one):
+    """Return a Markdown table of the results in folders and below them: a line per data set,
+    network, cell and settings, whose seeds it takes together. Data are told apart by content. The
+    papers' figures are shown only for their own settings."""
+    groups = {}
+    for file in sorted({each.resolve() for top in folders for each in top.rglob("result.json")}):
         try:
             r = json.loads(file.read_text())
             network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
-            changed = {k: v for k, v in r["changed"].items() if k not in NETWORK}
-            top5, days = (None if value is None else value + 0.0
-                          for value in (r["top5_error"], r.get("search_days")))
-            line = r["test_error"] + 0.0, top5, r["params_M"] + 0.0, str(r["genotype"]), days
-            paper = genotypes.paper_errors(r["cell"], r["found_on"], r["dataset"])
             on = f" found on {r['found_on']}" if r["dataset"] == "imagenet" else ""
-            how = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in sorted(changed.items()))
+            how = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in
+                            sorted(r["changed"].items()) if name not in NETWORK)
             cell = r["cell"] + on + (f", trained with {how}" if how else "")
-            data = names.setdefault(r["fingerprint"], r["data"] + "")
-            key = (data, network, cell, r["fingerprint"])
-            groups.setdefault(key, (paper if not r["changed"] else ("-", "-"), []))[1].append(line)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            paper = ("-", "-") if r["changed"] else genotypes.paper_errors(
+                r["cell"], r["found_on"], r["dataset"])
+            groups.setdefault((r["data"], network, cell, r["fingerprint"]), (paper, []))[1].append((
+                r["test_error"], r["top5_error"], r["params_M"], str(r["genotype"]),
+                r.get("search_days")))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
                                ) from None
+    if not groups:
+        raise ops.BadInput(f"--summary: no result.json in {', '.join(map(str, folders))}")
     lines = ["| cell | data | network | test error, % | top-5 | n | parameters, M | search, "
              "device-days | paper: error | top-5 |", "|---" * 10 + "|"]
-    for (data, network, cell, *_), (paper, runs) in sorted(groups.items()):
+    for (data, network, cell, _), (paper, runs) in sorted(groups.items()):
         errors, top5, params, cells, days = zip(*runs)
         found, n = len(set(cells)), len(runs)
         count = f"{n} cells" if found == n > 1 else f"{n} trainings of {found}" if n > 1 else "1"
         top5, days = ([v for v in values if v is not None] for values in (top5, days))
-        labels = (" ".join(text.replace("|", "\\|").split()) for text in (cell, data, network))
         lines.append("| " + " | ".join((
-            *labels, spread(errors), spread(top5), count, f"{statistics.mean(params):.3g}",
-            f"{statistics.mean(days):.2g}" if days else "-", *paper)) + " |")
+            cell, data, network, spread(errors), spread(top5), count,
+            f"{statistics.mean(params):.3g}", f"{statistics.mean(days):.2g}" if days else "-",
+            *paper)) + " |")
     return "\n".join(lines)
 
 

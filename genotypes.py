@@ -257,62 +257,34 @@ def random_cell(seed: int) -> Genotype:
 
 def validate(cell: object, where: str) -> Genotype:
     """Return the genotype in a decoded JSON value. Raises BadInput, naming `where`."""
-    def check(ok, message):
-        if not ok:
-            raise BadInput(f"{where} is not a genotype: {message}")
-
-    check(isinstance(cell, dict) and set(cell) == set(Genotype._fields),
-          f"it must be an object with the keys {', '.join(Genotype._fields)}")
-    for kind in ("normal", "reduce"):
-        edges, concat = cell[kind], cell[f"{kind}_concat"]
-        check(isinstance(edges, list) and edges and len(edges) % 2 == 0,
-              f"{kind} must list two edges per node")
-        for i, edge in enumerate(edges):
-            check(isinstance(edge, list) and len(edge) == 2, f"{kind}[{i}] must be [op, state]")
-            check(edge[0] in PRIMITIVES[1:], f"{kind}[{i}] has the unknown operation {edge[0]!r}")
-            check(type(edge[1]) is int and 0 <= edge[1] < 2 + i // 2,
-                  f"{kind}[{i}] must take a state from 0 to {1 + i // 2}, not {edge[1]!r}")
-            check(i % 2 == 0 or edge[1] != edges[i - 1][1],
-                  f"{kind}[{i}] and the edge before it take the same state")
-        check(isinstance(concat, list) and concat and len(set(map(str, concat))) == len(concat)
-              and all(type(n) is int and 2 <= n < 2 + len(edges) // 2 for n in concat),
-              f"{kind}_concat must list different nodes from 2 to {1 + len(edges) // 2}")
-        used = set(concat)
-        for i in reversed(range(len(edges))):
-            used |= {edges[i][1]} if 2 + i // 2 in used else set()
-        unused = [node for node in range(2, 2 + len(edges) // 2) if node not in used]
-        check(not unused, f"{kind} node {unused and unused[0]} reaches no output: it is neither in "
-                          f"{kind}_concat nor the input of a node that is")
-    return Genotype(**{k: [tuple(e) if isinstance(e, list) else e for e in v]
-                       for k, v in cell.items()})
+    try:
+        found = Genotype(**{name: [tuple(each) if isinstance(each, list) else each for each in part]
+                            for name, part in cell.items()})
+        for edges, concat in (found[:2], found[2:]):
+            nodes = range(2, 2 + len(edges) // 2)
+            if not edges or len(edges) % 2 or not concat or not set(concat) <= {*nodes}:
+                raise ValueError("it needs two edges per node, and nodes to concatenate")
+            for i, (name, state) in enumerate(edges):
+                if name not in PRIMITIVES[1:] or state not in range(2 + i // 2):
+                    raise ValueError(f"edge {i} cannot be {name!r} on state {state!r}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{where} is not a genotype: {error}") from None
+    return found
 
 
 def from_text(text: str, where: str) -> Genotype:
     """Return the last whole cell that a text holds as Genotype(normal=[...], ...), which DARTS'
     code and logs print. Nothing in it is executed. Raises BadInput."""
-    for start in reversed([found.start() for found in re.finditer(r"Genotype\(", text)]):
-        depth = 0
-        for end in range(start, len(text)):
-            depth += {"(": 1, ")": -1}.get(text[end], 0)
-            if text[end] == ")" and depth == 0:
-                break
-        try:
-            call = ast.parse(text[start:end + 1], mode="eval").body
-            if len(call.args) > len(Genotype._fields):
-                raise ValueError(f"{len(call.args)} values")
-            values, cell = dict(zip(Genotype._fields, call.args)), {}
-            for name, value in (values | {k.arg: k.value for k in call.keywords}).items():
-                if isinstance(value, ast.Call):                   # range(2, 6)
-                    cell[name] = list(range(*map(ast.literal_eval, value.args)))
-                else:
-                    cell[name] = [list(v[:2]) if isinstance(v, tuple) else v
-                                  for v in ast.literal_eval(value)]
-            break
-        except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError,
-                MemoryError) as error:                            # cut off, or only spoken of
-            problem = error
-    else:
-        raise BadInput(f"{where} holds no readable Genotype(...): {problem}")
+    edges, nodes = r"(\[(?:\('\w+',\d\),?)+\])", r"(\[[\d,]+\]|range\(\d,\d\))"
+    found = re.findall(rf"Genotype\(normal={edges},normal_concat={nodes},reduce={edges},"
+                       rf"reduce_concat={nodes}", "".join(text.split()))
+    if not found:
+        raise BadInput(f"{where} holds no Genotype(normal=[...], normal_concat=..., ...)")
+    cell = {}
+    for name, value in zip(Genotype._fields, found[-1]):
+        if value.startswith("range"):
+            value = [*range(*map(int, re.findall(r"\d", value)))]
+        cell[name] = value if isinstance(value, list) else ast.literal_eval(value)
     return validate(cell, where)
 
 

@@ -312,7 +312,7 @@ def main(argv=None):
                         lambda x: net(x, alphas), tasks[k], parts[k][1], args.batch_size)
             ops.end_epoch(run, alphas, **figures)
 
-    ops.print_next(run)
+    ops.print_next(args)
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def main(argv=None):
             run.picture(f"explanations-{len(run.state['history'])}",
                         explanations(data, shown, explanation), 128)
 
-    ops.print_next(run)
+    ops.print_next(args)
 
 
 # --------------------------------------------------------------------------------------- pictures

@@ -357,7 +357,7 @@ def main(argv=None):
             if f is not None:
                 run.picture("tests", tests(data, val_rows, f.cpu()))
 
-    ops.print_next(run)
+    ops.print_next(args)
 
 
 # --------------------------------------------------------------------------------------- pictures
