@@ -53,7 +53,6 @@ import threading
 import time
 import types
 import unittest.mock
-import warnings
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -63,7 +62,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
@@ -871,19 +870,6 @@ def test_a_gradient_evaluation_changes_no_state(method, changes):
     assert not same(before, snapshot(*parts))
 
 
-@pytest.mark.parametrize("method,shape,expected", [
-    ("lpt", (), {"testee": 4, "tester": 6}),                        # the tester: 3 x 2 batches
-    ("il", (3, 2), {"stages": 3 * 2 * 3 + 3}), ("lease", (), {"explainer": 10, "audience": 4})])
-def test_passes_of_a_step(method, shape, expected):
-    """As many forward passes as docs/measurements.md counts."""
-    (m, batches), seen = PROBLEMS[method](*shape), dict.fromkeys(expected, 0)
-    for name in expected:
-        for net in [s.net for s in m.stages] if name == "stages" else [getattr(m, name)]:
-            net.register_forward_hook(lambda *_, name=name: seen.update({name: seen[name] + 1}))
-    gradients(method, m, batches, settings(MODULES[method], lam=1.0))
-    assert seen == expected
-
-
 def test_corners_of_the_gradients():
     """A difference along nothing; a BatchNorm that keeps no statistics."""
     w, a = [torch.randn(3)], torch.randn(3, requires_grad=True)
@@ -1126,15 +1112,6 @@ def test_supernet_is_the_per_edge_one(size, options):
     assert relative_error([net(x, alphas)], [naive(x, alphas)]) < 1e-10
 
 
-def test_supernet_float32_and_softmax_rows():
-    net, naive, alphas = twins(C=8, layers=5, dtype=torch.float32)
-    x = torch.randn(4, 3, 16, 16)
-    a, b = net(x, alphas), naive(x, alphas)
-    assert (a - b).abs().max() < 1e-5 * b.abs().max()
-    with pytest.raises((RuntimeError, TypeError, IndexError, ValueError)):
-        net(x, [alphas[0][:13], alphas[1]])
-
-
 def test_skip_dropout_is_one_mask_a_step():
     torch.manual_seed(0)
     net = ops.Supernet(4, 5, 3)
@@ -1158,25 +1135,6 @@ def test_skip_dropout_is_one_mask_a_step():
         assert torch.allclose(out.unique(), torch.tensor([0, weight / 0.75]))
         assert abs(out.mean() - weight) < 0.02
     assert not torch.equal(outs[0] > 0, outs[1] > 0)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("options", slow_but({0, 1}, [
-    {}, dict(partial=4, C=8), dict(auxiliary=True), dict(kept=pruned(5)), dict(imagenet=True)]),
-    ids=lambda v: str(v)[:20])
-def test_one_layout_per_device(layout, options, monkeypatch):
-    """Every map that a BatchNorm sees lies in the device's layout."""
-    monkeypatch.setattr(ops, "memory_format", lambda device: layout)
-    net, _, alphas = twins(dtype=torch.float32, **options)
-    net.knobs.skip_dropout, seen = 0.3 if "kept" in options else 0.0, []
-
-    for norm in net.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.register_forward_pre_hook(lambda norm, inputs: seen.append(
-                inputs[0].is_contiguous(memory_format=layout)))
-    x = torch.randn(2, 3, 64 if "imagenet" in options else 32, 64 if "imagenet" in options else 32)
-    net(x.contiguous(memory_format=layout), alphas)
-    assert len(seen) > 100 and all(seen), (seen.count(False), len(seen))
 
 
 def test_the_contiguous_supernet_is_the_same(monkeypatch):
@@ -1745,25 +1703,6 @@ def test_settings_that_follow_from_others(tmp_path, monkeypatch, capsys):
     assert len(said) == 2 and said[0] == said[1] and said[0].endswith(" --quick")
 
 
-@pytest.mark.parametrize("argv,names", [([], {"train", "bank", "val"}), (
-    ["--encoder", "none"], {"train", "bank"}), (["--ablation", 1], {"train", "bank"})])
-def test_lpt_reads_what_it_uses(argv, names, tmp_path, monkeypatch):
-    read = set()
-
-    class Stream(ops.Stream):
-        def __init__(self, *given, **more):
-            super().__init__(*given, **more)
-            self.name = given[4]
-
-        def __call__(self, step):
-            read.add(self.name)
-            return super().__call__(step)
-
-    monkeypatch.setattr(ops, "Stream", Stream)
-    assert run_script(lpt, *TINY, *FIRST, *argv, "--epochs", 1, "--out", tmp_path / "run") == 0
-    assert read == names
-
-
 def test_help_shows_the_defaults_of_the_chosen_base(capsys):
     with pytest.raises(SystemExit):
         lpt.main(["--help", "--base", "pdarts"])
@@ -1919,33 +1858,6 @@ def test_cifar_files(kind, tmp_path, monkeypatch):
 
 def offline(*args, **kwargs):
     raise OSError("no network")
-
-
-class Malicious:
-    """Unpickled, it calls a function."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("kind,damage", [("CIFAR10", "flipped"), ("CIFAR100", "malicious")])
-def test_damaged_cifar_files_are_not_opened(kind, damage, tmp_path, monkeypatch, capsys):
-    write_cifar(tmp_path, monkeypatch, kind)
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
-    marker = tmp_path / "executed"
-    for file in [file for file in sorted(tmp_path.rglob("*")) if file.is_file()]:
-        good = file.read_bytes()
-        if damage == "flipped":
-            at = len(good) // 2
-            file.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
-        else:
-            file.write_bytes(pickle.dumps(Malicious(Path.touch, (marker,))))
-        assert run_script(lpt, "--dataset", kind.lower(), "--data", tmp_path, *SMALL[2:]) == 2
-        assert "cannot be downloaded" in one_line(capsys) and not marker.exists()
-        file.write_bytes(good)
 
 
 def write_folder(root, sizes=(12,), classes=("cat", "dog"), n=12, parts=("train", "test")):
@@ -2553,31 +2465,6 @@ def test_killed_runs_end_as_undisturbed_ones(count, jobs):
     assert [found["kills"] for found in killed(count, *jobs)] == [count] * len(jobs)
 
 
-@pytest.mark.parametrize("group", slow_but({1}, ["parts", "run"]))
-def test_every_saved_field_is_needed(group, tmp_path, monkeypatch):
-    """With one field of a checkpoint as it was in the beginning a run ends elsewhere, or not."""
-    argv = [*TINY, *FIRST, *PRUNED, "--checkpoint-minutes", 0]
-    assert run_script(lpt, *argv, "--out", tmp_path / "whole") == 0
-    whole = finals(tmp_path / "whole")
-    first, second, late = interrupted(lpt, argv, tmp_path / "cut", monkeypatch, (1, 2, 4))
-    assert late["run"]["stage"] == 1 and late["run"]["step"] == 3 and late["run"]["sums"]
-
-    def resumed(changed):
-        ops.write_checkpoint(tmp_path / "cut", changed)
-        code = run_script(lpt, "--resume", "--device", "cpu", "--out", tmp_path / "cut")
-        return code == 0 and same(finals(tmp_path / "cut"), whole)
-
-    assert resumed(late)
-    for field in [f for f in late[group] if f not in ("seconds", "stopped")]:
-        early = {"testee": None, "testee_opt": None}.get(field, first[group].get(field))
-        changed = {**late, group: {**late[group], field: early}}
-        if early is None:                                          # of another shape in stage 2
-            fresh = {k: torch.zeros_like(v) for k, v in late["parts"]["testee"].items()}
-            changed["parts"][field] = fresh if field == "testee" else {
-                **late["parts"][field], "state": {}}
-        assert not resumed(changed), field
-
-
 @pytest.mark.parametrize("method", slow_but({0}, list(RUNS)))
 def test_what_is_not_finite_is_not_saved(method, tmp_path, monkeypatch, capsys):
     """Each loss of the third step in turn is NaN."""
@@ -2633,6 +2520,16 @@ def test_damaged_checkpoints_are_seen(saved_run, capsys):
         capsys.readouterr()
         assert run_script(evaluate, "--resume", "--out", saved_run) == 2
         assert f"{path} is damaged" in one_line(capsys)
+
+
+class Malicious:
+    """Unpickled, it calls a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
 
 
 def test_no_pickle_is_executed(saved_run, tmp_path, capsys):
@@ -2724,34 +2621,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     assert run_script(lpt, *TINY, "--epochs", 3, "--out", tmp_path / "run") == 1
     assert "No space left" in one_line(capsys)
     assert ops.read_checkpoint(tmp_path / "run")["run"]["step"] == 0
-
-
-def growth(job, folder, measure, steps, epoch_steps, replace=setattr):
-    """What measure() gives after the given steps of a script's run."""
-    found, log = [], ops.Run.log
-
-    def measured(run, **figures):
-        if run.state["step"] + 1 in steps:
-            found.append(measure())
-        return log(run, **figures)
-
-    replace(ops.Run, "log", measured)
-    assert search(job, *KILLED[job], "--batch-size", 100 // epoch_steps, "--epochs",
-                  -(-max(steps) // epoch_steps), "--out", folder / job) == 0
-    replace(ops.Run, "log", log)
-    return found
-
-
-@pytest.mark.parametrize("job", slow_but({0}, list(RUNS)))
-def test_steps_leave_no_tensors_behind(job, tmp_path, monkeypatch):
-    def alive():
-        gc.collect()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                        # of what torch has deprecated
-            return sum(x.nbytes for x in gc.get_objects() if isinstance(x, torch.Tensor))
-
-    first, last = growth(job, tmp_path, alive, (2, 4), 4, monkeypatch.setattr)
-    assert first == last > 0
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -2877,164 +2746,27 @@ def test_a_killed_process_ends_the_job(tmp_path):
     assert code == 1 and time.time() - begin < 30
 
 
-@slow
-def test_processes_name_the_broken_image_and_end_odd_epochs(tmp_path):
-    """An image that rank 1 alone reads; validation images of which a rank has one too many."""
-    root = imagenet_folder(tmp_path / "data")
-    data = images("imagenet", root, 64)
-    key = ops.Stream(data, np.arange(36), 12, 1, "evaluate").key
-    rows = next(ops.requests(np.arange(36), 12, key, slice(None), (0, True), 0)).rows[6:]
-    seen_by_both = np.linspace(0, 35, 16).astype(int)              # for the data's fingerprint
-    file = Path(data.files[next(r for r in rows if r not in seen_by_both)])
-    file.write_bytes(file.read_bytes()[:200])
-    argv = ["--dataset", "imagenet", "--data", root, *SMALL[2:], "--image-size", 64, "--arch",
-            "random:1", "--batch-size", 12, "--epochs", 1, "--workers", 0]
-    results = finish(processes("evaluate", tmp_path, *argv, "--out", tmp_path / "e"))
-    assert results[1][0] == 2 and results[1][2].count("\n") == 1
-    assert str(file.relative_to(root)) in results[1][2]
-    argv = [*LEASE, "--batch-size", 44, "--epochs", 1, "--hold-out", 20]   # rank 0: 45 of 90 images
-    results = finish(processes("lease", tmp_path, *argv, "--out", tmp_path / "run"))
-    assert [r[0] for r in results] == [0, 0], results
-
-
 def arguments(**changes):
     return argparse.Namespace(**dict(device="cpu", tf32=False, deterministic=False, amp="off",
                                      graphs=False, resume=False, out=Path("nowhere")) | changes)
 
 
-def test_one_process_downloads(tmp_path, monkeypatch):
-    """A slow process must not download beside rank 0."""
-    order = []
-    monkeypatch.setattr(ops, "barrier", lambda: order.append("barrier"))
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *args, **kw: (
-        order.append("download"), types.SimpleNamespace(
-            data=np.zeros((4, 32, 32, 3), np.uint8), targets=[0] * 4, classes=["a"]))[1])
-    for rank, expected in ((0, ["download", "barrier"]), (1, ["barrier", "download"])):
-        order.clear()
-        monkeypatch.setattr(ops, "rank", lambda rank=rank: rank)
-        images("cifar10", tmp_path)
-        assert order == expected
-
-
 # ---------------------------------------------------------------------------------------- devices
 
-FOREIGN = torch.device("lazy:0")        # a device that exists in torch's dispatch, not in a machine
 
-
-class Host(TorchDispatchMode):
-    """Counts what makes the host wait for FOREIGN, and the operators called there that are not
-    views; devices that meet and float64 there are errors. For FakeTensorMode."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits = self.calls = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, op._schema.name.removeprefix("aten::")
-        tensors = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
-        there = [t for t in tensors if t.device == FOREIGN]
-        if name == "_local_scalar_dense":
-            self.waits += bool(there)
-            if not isinstance(args[0], FakeTensor):
-                return args[0].numpy().item()
-            return 1.0 if args[0].is_floating_point() else int(args[0].dtype != torch.bool)
-        if there and name not in ("_to_copy", "copy_"):
-            assert all(t.device == FOREIGN or not t.ndim for t in tensors), f"{name}: two devices"
-        out = op(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if torch.is_tensor(t)]
-        assert not any(t.device == FOREIGN and t.dtype == torch.float64 for t in made), (
-            f"{name}: float64")
-        self.waits += bool(there) and name == "_to_copy" and made[0].device != FOREIGN
-        self.waits += bool(there) and name in ("nonzero", "masked_select", "equal")
-        self.calls += (op.namespace == "aten" and not op.is_view and not name.startswith("empty")
-                       and name != "detach" and any(t.device == FOREIGN for t in made + there))
-        return out
-
-
-def abroad(replace, host):
-    """Let a script run with its tensors on FOREIGN and values that are made up."""
-    tolist, numpy, generator = torch.Tensor.tolist, torch.Tensor.numpy, torch.Generator
-    kinds = {torch.uint8: np.uint8, torch.int64: np.int64, torch.bool: bool}
-
-    def move(module, device, **layout):
-        for part in module.modules():
-            for kept in (part._parameters, part._buffers):
-                for name, t in kept.items():
-                    if t is not None:
-                        moved = t.detach().to(device)
-                        kept[name] = nn.Parameter(moved) if isinstance(t, nn.Parameter) else moved
-        return module
-
-    def listed(t):
-        host.waits += t.device == FOREIGN
-        made_up = (np.ones if t.is_floating_point() else np.zeros)(tuple(t.shape))
-        return made_up.astype(kinds.get(t.dtype, float)).tolist() if (
-            isinstance(t, FakeTensor)) else tolist(t)
-
-    def array(t, *args, **kwargs):
-        assert t.device != FOREIGN
-        return np.zeros(tuple(t.shape), kinds.get(t.dtype, np.float32)) if (
-            isinstance(t, FakeTensor)) else numpy(t)
-
-    for owner in (torch.Tensor, FakeTensor):
-        replace(owner, "tolist", listed)
-        replace(owner, "numpy", array)
-        replace(owner, "__array__", array)
-    replace(nn.Module, "to", move)
-    replace(torch, "Generator", lambda device="cpu": generator())
-    for module in ("torch.optim.sgd", "torch.optim.adam"):         # as on a GPU
-        replace(sys.modules[module], "_default_to_fused_or_foreach", lambda *args, **kw: (False,
-                                                                                          True))
-    for name in ("_has_foreach_support", "_device_has_foreach_support"):
-        replace(sys.modules["torch.nn.utils.clip_grad"], name, lambda *args, **kwargs: True)
-    replace(ops, "start", lambda args: (args.out.mkdir(), FOREIGN)[1])
-    replace(ops, "autocast", lambda *args: contextlib.nullcontext())
-    replace(ops, "write_checkpoint", lambda *args: None)
-    replace(ops, "prune", lambda alphas, keep: pruned(keep))
-
-
-def steps_abroad(module, argv, folder):
-    """(waits, operator calls) of each step of a script on FOREIGN."""
-    host, found, steps = Host(), [], ops.Run.steps
-
-    def counted(run):
-        for step in steps(run):
-            before = host.waits, host.calls
-            yield step
-            found.append((host.waits - before[0], host.calls - before[1]))
-
-    with pytest.MonkeyPatch.context() as patch:
-        abroad(patch.setattr, host)
-        patch.setattr(ops.Run, "steps", counted)
-        with FakeTensorMode(allow_non_fake_inputs=True), host:
-            assert run_script(module, *argv, "--out", folder / "abroad") == 0
-    return found
-
-
-# how often a step's host waits
-WAITS = {"lpt": 5, "il": 6, "lease": 4, "evaluate": 2}
-
-
-@pytest.mark.parametrize("method,base", [
-    *(pytest.param(m, b, marks=slow)                               # slowest late in a long process
-      for m in METHODS for b in ("darts-2nd", "darts-", "pcdarts", "pdarts")), ("evaluate", "")])
-def test_a_foreign_device_is_all_that_a_step_uses(method, base, tmp_path):
-    module, given = RUNS[method]
-    given = [*given, "--rounds", 2] if method == "il" else given
-    changes = {"pdarts": ["--layers", 3, 4, 3], "pcdarts": ["--channels", 8]}.get(base, [])
-    changes += ["--base", base, "--warm-up", 0] if base else []
-    found = steps_abroad(module, [*given, "--batch-size", 100, *changes, "--epochs", 1], tmp_path)
-    assert len(found) == {"pdarts": 3, "": 2}.get(base, 1)
-    assert max(waits for waits, _ in found) == WAITS[method], found
-    assert min(calls for _, calls in found) > 100
-
-
-def test_a_foreign_device_is_guarded():
-    with FakeTensorMode(allow_non_fake_inputs=True), Host():
-        there = torch.ones(3, device=FOREIGN)
-        for slip in (lambda: there + torch.ones(3), lambda: there.double()):
-            with pytest.raises((AssertionError, RuntimeError)):
-                slip()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gradient_stays_on_its_device(method, monkeypatch):
+    """On torch's meta device, whose tensors have no values: one of another device beside them, or a
+    host that asks for a value, is an error."""
+    monkeypatch.setattr(ops, "place", lambda net, device: net)
+    monkeypatch.setattr(sys.modules[__name__], "moving", lambda net, lr, *_: torch.optim.SGD(
+        net.parameters(), lr, 0.9))
+    with torch.device("meta"):
+        problem = PROBLEMS[method](supernet=True)
+    found = gradients(method, *problem, settings(MODULES[method]))
+    assert {t.device.type for group in found for t in group} == {"meta"}
+    with pytest.raises(RuntimeError, match="not on the expected device"):
+        found[0][0] + torch.ones(14, 8)
 
 
 def test_replicas_compute_in_bfloat16_and_drop_their_own_paths(monkeypatch):

@@ -228,7 +228,8 @@ def figures_here(kind, device, *given):
     process had, operator calls and what they compute and move; on a GPU kernels and their time."""
     step, gpu, before = workload(kind, device, *given), device.type == "cuda", resident("VmHWM")
     found = {"first": timed(step, device), "second": timed(step, device)}
-    found["MiB"] = ops.peak_memory(device) if gpu else resident("VmHWM") - before
+    found["MiB"] = (torch.cuda.max_memory_allocated() / 2 ** 20 if gpu else
+                    resident("VmHWM") - before)
     if gpu:
         timed(step, device)                                        # which a graph is recorded in
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
@@ -277,23 +278,6 @@ def bench(device, batch, peers, count=5):
                 f"{f[name]:.4g}", f"{f[name] / found[0][name]:.2f}")), f["calls"],
                 *[f.get("kernels"), f"{f.get('busy', 0):.3g}"] * gpu, f"{f['first']:.3g}",
                 f"{f['flops'] / multiplying:.3g}", f"{f['bytes'] / moving:.3g}")
-
-
-def count_calls():
-    """Print a first step's operator calls, and how often its host waits, at the defaults' sizes."""
-    size = "--image-size 32 --epochs 1 --hold-out 1872"            # 128 images are left
-    search = f"{size} --layers 8 --channels 16 --batch-size 64 --warm-up 0"
-    one = f"--dataset synthetic:10 {search}"
-    table_row("a step of", "calls", "waits", head=True)
-    for name, module, argv in (
-            ("lpt", lpt, one), ("lpt --base pcdarts", lpt, f"{one} --base pcdarts"),
-            ("lpt --encoder none", lpt, f"{one} --encoder none"), ("lease", lease, one),
-            ("il", il, f"--tasks synthetic:10 synthetic:5 {search}"), ("evaluate", evaluate, (
-                f"{size} --dataset synthetic:10 --batch-size 96 --arch DARTS_V2"))):
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("builtins.print", nothing)
-            waits, calls = tests.steps_abroad(module, argv.split(), Path(folder))[0]
-        table_row(name, calls, waits)
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -368,15 +352,6 @@ class Checks:
         assert len(said) == 1, said or lines[-1]
         return said[0]
 
-    def out_of_memory(self):
-        """A run that may have a hundredth of the GPU, so that it disturbs no other."""
-        program = ("import torch, darts_ops as ops, lpt; ops.run(lambda argv: ("
-                   "torch.cuda.set_per_process_memory_fraction(0.01), lpt.main(argv)))")
-        command = self.command("lpt --dataset synthetic --batch-size 512", False)
-        said = self.run([command[0], "-c", program, *command[2:]], code=1)[-1]
-        assert said.startswith("error: out of memory"), said
-        return said[:80]
-
     def load(self):
         self.job(f"evaluate {CELL} --epochs 1", True, "", "load")
         network, classes, transform = evaluate.load(self.folder / "load", self.device)
@@ -405,7 +380,7 @@ def check(device, only=""):
             "lpt killed and resumed": (on.killed, "lpt"), "ImageNet's files": (on.imagenet,),
             "evaluate killed and resumed": (on.killed, f"evaluate {CELL}"),
             "evaluate.load": (on.load,), "torchrun": (on.job, "lpt", True, f"{TORCHRUN} 1", "run"),
-            **({"torchrun, too many": (on.refused,), "out of memory": (on.out_of_memory,),
+            **({"torchrun, too many": (on.refused,),
                 **{f"{job}, killed with --graphs": (on.killed, job, "--graphs") for job in (
                     "lpt --order 2", "il", "lease --order 2", f"evaluate {CELL} --amp bf16")}}
                if device.type == "cuda" else {})}
@@ -612,7 +587,7 @@ def study_coupling(tasks, seeds, batch=20, epochs=1):
 
 
 def soak(count):
-    """Kill each script `count` times, damage checkpoints, then watch the memory of long runs."""
+    """Kill each script `count` times, then damage checkpoints."""
     for jobs in (("lpt", "il"), ("lease", "evaluate")):
         for found in tests.killed(count, *jobs):
             print(found, flush=True)
@@ -621,9 +596,6 @@ def soak(count):
         path, argv = Path(folder) / "run", [*tests.TINY, "--arch", "random:1", "--epochs", 1]
         assert tests.run_script(evaluate, *argv, "--out", path) == 0
         print(tests.damages_seen(path / "checkpoint.pt", 1000), "damages seen of 2000")
-        for job in tests.RUNS:
-            pages = tests.growth(job, Path(folder), lambda: resident("VmRSS"), (20, 200), 10)
-            print(f"{job}: resident memory at step 200 / step 20 = {pages[1] / pages[0]:.4f}")
 
 
 def main():
@@ -632,7 +604,6 @@ def main():
     add("--checks", nargs="?", const="", metavar="WORDS", help="run scripts (those) on a device")
     add("--bench", action="store_true", help="time, memory, calls and kernels of a step of each "
         "method, beside the per-edge supernet, the peers, and what the device's rates allow")
-    add("--calls", action="store_true", help="the operator calls of a step at the defaults")
     add("--worth", type=int, nargs="*", metavar="N", help="how well gradients of A predict the "
         "objective and descend it: random directions, batches, steps before (12 5 0 50 200)")
     add("--mechanisms", **seeds, help="LPT's test, IL's encoders, what LeaSE marks, in searches")
@@ -649,7 +620,7 @@ def main():
     tasks = [f"folder:{each}" for each in args.data] or ["synthetic:10", "synthetic:5"]
     for chosen, measure, *given in (
             (args.figures_of, figures_here, args.figures_of, *where), (args.bench, bench, *where),
-            (args.checks is not None, check, args.device, args.checks), (args.calls, count_calls),
+            (args.checks is not None, check, args.device, args.checks),
             (args.worth is not None, study_worth, tasks, *(args.worth or [])),
             (args.mechanisms, study_mechanisms, tasks, args.mechanisms),
             (args.il_coupling, study_coupling, tasks, args.il_coupling),
