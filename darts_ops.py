@@ -764,18 +764,15 @@ def end_epoch(run, alphas: list[Tensor], **figures: float):
 
 # ------------------------------------------------------------------------------------- the images
 # Data sets, their augmentation and their mini-batches. A batch is a pure function of (seed, stream,
-# step): --resume relies on it. A data set, ImageSet or ImageFiles, has labels (n,) int64, classes,
-# size (H, W), device, mean and std (3, 1, 1) in units of 0 to 1; pixels(rows), images as they are,
-# (N, 3, H, W) uint8; and read(requests), which yields batches x (N, 3, H, W), y (N,), rows (N,).
+# step): --resume relies on it.
 
 
 class Request(NamedTuple):
-    """A mini-batch to be read."""
-    rows: np.ndarray                    # of the whole batch
-    key: tuple | None = None            # of the generator of its augmentation; None: as it is
-    part: slice = slice(None)           # the rows that are this process's
+    """Images to be read together."""
+    rows: np.ndarray
+    seeds: np.ndarray | None = None     # of their augmentation; None: as they are
+    flip: bool = True                   # whether half of them are mirrored
     cutout: int = 0                     # side of the square cut out, in pixels
-    flip: bool = True                   # whether half of the images are mirrored
 
 
 def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -785,75 +782,20 @@ def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class ImageSet:
-    """Images in memory, whole, on the device."""
-    images: Tensor          # (n, 3, H, W) uint8
-    labels: Tensor
+class Images(Dataset):
+    """Labelled images: in memory, or in files that `workers` processes read when they are asked
+    for, as ImageNet's."""
+    images: Tensor | list[str]          # (n, 3, H, W) uint8, or files
+    labels: Tensor                      # (n,) int64; both are on the CPU
     classes: list[str]
-    mean: Tensor
+    size: tuple[int, int]               # (H, W)
+    mean: Tensor                        # (3, 1, 1), in units of 0 to 1
     std: Tensor
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return tuple(self.images.shape[2:])
-
-    @property
-    def device(self) -> torch.device:
-        return self.images.device
-
-    def pixels(self, rows) -> Tensor:
-        return self.images[rows]
+    device: torch.device                # where the batches go
+    workers: int = 0
 
     def read(self, requests):
-        for request in requests:
-            rows = torch.from_numpy(request.rows[request.part]).to(self.device)
-            x = self.images[rows]
-            plain = request.key is None
-            x = normalised(x, self.mean, self.std) if plain else self.augmented(x, request)
-            yield x, self.labels[rows], rows
-
-    def augmented(self, x: Tensor, request: Request) -> Tensor:
-        """Return images x, each cropped out of its zero-padded self (by 1/8: 4 pixels at 32),
-        mirrored half of the time, normalised and, if asked, without a square."""
-        rng, (H, W), N = np.random.default_rng(request.key), self.size, len(request.rows)
-
-        def draw(high):                                           # for the whole batch; (n, 1)
-            return torch.from_numpy(rng.integers(high, size=(N, 1))[request.part]).to(self.device)
-
-        pad = H // 8
-        i, c, y, z = (torch.arange(k, device=x.device) for k in (*x.shape[:2], H, W))
-        y_crop, z_crop = draw(2 * pad + 1) + y, draw(2 * pad + 1) + z           # (n, H), (n, W)
-        x = F.pad(x, (pad,) * 4)[i[:, None, None, None], c[:, None, None], y_crop[:, None, :, None],
-                                 z_crop[:, None, None, :]]
-        x = torch.where(draw(2)[:, :, None, None] * request.flip == 1, x.flip(3), x)
-        x = normalised(x, self.mean, self.std)
-        if side := request.cutout:
-            rows, columns = ((at - draw(n) + side // 2).div(side, rounding_mode="floor") == 0
-                             for at, n in ((y, H), (z, W)))       # of the square
-            x = x * ~(rows[:, None, :, None] & columns[:, None, None, :])
-        return x
-
-
-@dataclass(eq=False)
-class ImageFiles(Dataset):
-    """Images in files, read when they are asked for, by `workers` processes: ImageNet."""
-    files: list[str]
-    labels: Tensor          # on the CPU
-    classes: list[str]
-    side: int               # of the square images, in pixels
-    device: torch.device    # where the batches go
-    workers: int
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)      # ImageNet's
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.side, self.side
-
-    def pixels(self, rows) -> Tensor:
-        return self.load(Request(torch.as_tensor(rows).cpu().numpy()))
-
-    def read(self, requests):
+        """Yield each request's x (N, 3, H, W) as a network sees it, y (N,), rows (N,)."""
         loader = DataLoader(self, batch_size=None, sampler=requests, num_workers=self.workers,
                             pin_memory=self.device.type == "cuda", generator=torch.Generator())
         try:
@@ -864,25 +806,41 @@ class ImageFiles(Dataset):
             raise BadInput(str(error).splitlines()[-1]) from None
 
     def __getitem__(self, request: Request):
-        return self.load(request), request.rows[request.part]
+        """Return the images of a request, (N, 3, H, W) uint8, and their rows."""
+        if request.seeds is None:
+            return self.pixels(request.rows), request.rows
+        state = torch.get_rng_state()
+        found = [self.augmented(row, int(seed), request.flip, request.cutout)
+                 for row, seed in zip(request.rows, request.seeds)]
+        torch.set_rng_state(state)                                # from which v2 draws
+        return torch.stack(found), request.rows
 
-    def load(self, request: Request) -> Tensor:
-        """Return the images of a request, (N, 3, H, W) uint8. With a key each is a random resized
-        crop, mirrored half of the time, its colours jittered; else the centre of the image."""
-        side, rows, key = self.side, request.rows, request.key
-        change = v2.Compose([
-            v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(0.5 * request.flip),
-            v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
-        seeds = itertools.repeat(0) if key is None else (
-            np.random.default_rng(key).integers(2 ** 63, size=len(rows))[request.part])
-        images, state = [], torch.get_rng_state()
-        for row, seed in zip(rows[request.part], seeds):
-            image = read_image(self.files[row])
-            torch.default_generator.manual_seed(int(seed))        # v2 draws from this generator
-            image = centre(image, (side, side), 256 / 224) if key is None else change(image)
-            images.append(v2.functional.pil_to_tensor(image))
-        torch.set_rng_state(state)
-        return torch.stack(images)
+    def pixels(self, rows) -> Tensor:
+        """Return images as they are, (N, 3, H, W) uint8; of those in files the centre."""
+        if torch.is_tensor(self.images):
+            return self.images[rows]
+        return torch.stack([v2.functional.pil_to_tensor(
+            centre(read_image(self.images[row]), self.size, 256 / 224)) for row in rows])
+
+    def augmented(self, row: int, seed: int, flip: bool, cutout: int) -> Tensor:
+        """Return an image cropped out of its zero-padded self (by 1/8: 4 pixels at 32), mirrored
+        half of the time and, if asked, with a square of the mean colour. One in a file is cropped
+        at a random size, and its colours are jittered."""
+        if not torch.is_tensor(self.images):
+            torch.default_generator.manual_seed(seed)
+            change = v2.Compose([
+                v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(0.5 * flip),
+                v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
+            return v2.functional.pil_to_tensor(change(read_image(self.images[row])))
+        rng, (H, W) = np.random.default_rng(seed), self.size
+        pad, mirror = H // 8, rng.random() < 0.5 * flip
+        y, x = rng.integers(2 * pad + 1, size=2)
+        image = F.pad(self.images[row], (pad,) * 4)[:, y:y + H, x:x + W]
+        image = image.flip(2) if mirror else image
+        if cutout:
+            y, x = rng.integers((H, W)) - cutout // 2
+            image[:, max(0, y):max(0, y + cutout), max(0, x):max(0, x + cutout)] = self.mean * 255
+        return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -920,16 +878,19 @@ def read_image(file: str) -> Image.Image:
         raise BadInput(f"cannot read the image {file}: {error}") from None
 
 
-def image_set(images: Tensor, labels, classes, device) -> ImageSet:
-    """Return an ImageSet on the device, with the channel statistics of its own images."""
+IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]   # means, deviations
+
+
+def image_set(images: Tensor, labels, classes, device) -> Images:
+    """Return images in memory, with the channel statistics of their own."""
     sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
-            for x in images.split(256)]                           # on the CPU, as the images are
+            for x in images.split(256)]
     pixels = images[:, 0].numel()
     mean = sum(s for s, _ in sums) / pixels
     std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
-    mean, std = ((s / 255).float().view(3, 1, 1).to(device) for s in (mean, std))
-    labels = torch.as_tensor(labels).long().to(device)
-    return ImageSet(images.to(device), labels, classes, mean, std)
+    mean, std = ((s / 255).float().view(3, 1, 1) for s in (mean, std))
+    return Images(images, torch.as_tensor(labels).long(), classes, tuple(images.shape[2:]), mean,
+                  std, torch.device(device))
 
 
 def load_images(dataset: str, args, device, classes: list[str] | None = None):
@@ -962,11 +923,12 @@ def load_images(dataset: str, args, device, classes: list[str] | None = None):
     files, labels = zip(*folder.samples)
     if name == "folder":
         return read_folder(files, labels, folder.classes, size, device)
-    return ImageFiles(list(files), torch.tensor(labels), folder.classes, size or 224,
-                      torch.device(device), args.workers)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET_STATISTICS)
+    return Images(list(files), torch.tensor(labels), folder.classes, (size or 224,) * 2, mean, std,
+                  torch.device(device), args.workers)
 
 
-def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> ImageSet:
+def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Images:
     """Return CIFAR from `data`, downloaded to it by one process, its checksums compared."""
     source = getattr(torchvision.datasets, dataset.upper())
     try:
@@ -984,7 +946,7 @@ def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Image
     return image_set(images, cifar.targets, cifar.classes, device)
 
 
-def read_folder(files, labels, classes, image_size: int | None, device) -> ImageSet:
+def read_folder(files, labels, classes, image_size: int | None, device) -> Images:
     """Return the images in files, resized and centre-cropped to image_size if given."""
     for row, file in enumerate(files):
         image = read_image(file)
@@ -998,7 +960,7 @@ def read_folder(files, labels, classes, image_size: int | None, device) -> Image
     return image_set(images, labels, classes, device)
 
 
-def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> ImageSet:
+def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> Images:
     """Return small procedural images that a network can learn: a class is a colour and a shape, on
     noise of another colour. 4% of the training labels are wrong on purpose, none of the test's."""
     rng = np.random.default_rng([num_classes, image_size, test])
@@ -1040,7 +1002,7 @@ def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
     rest = np.random.default_rng([seed, 0]).permutation(rest)
     if not subsets:
         return rest[:len(rest) // 2], rest[len(rest) // 2:], held
-    halves, labels = ([], []), np.asarray(torch.as_tensor(labels).cpu())
+    halves, labels = ([], []), np.asarray(labels)
     for k in range(labels.max() + 1):
         rows = rest[labels[rest] == k]
         a, b = (max(1, round(share * len(rows))) for share in subsets)
@@ -1066,7 +1028,7 @@ class Stream:
             raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
                            "with two images or more for each")
         self.rows, self.batch_size = rows, batch_size
-        self.key, self.options = (seed, zlib.crc32(name.encode())), (cutout, flip)
+        self.key, self.options = (seed, zlib.crc32(name.encode())), (flip, cutout)
         self.part = slice(rank() * n, (rank() + 1) * n)
         self.data, self.next = data, -1
 
@@ -1075,20 +1037,19 @@ class Stream:
 
     def __call__(self, step: int):
         if step != self.next:                                     # the first, or not in order
-            self.batches = self.data.read(requests(self.rows, self.batch_size, self.key, self.part,
-                                              self.options, step))
+            self.batches = self.data.read(self.requests(step))
         self.next = step + 1
         return next(self.batches)
 
-
-def requests(rows, batch_size: int, key: tuple, part: slice, options: tuple, step: int):
-    """Yield a stream's requests from a step on; each lap over the rows has its own order."""
-    order = functools.lru_cache(1)(
-        lambda lap: np.random.default_rng([*key, 0, lap]).permutation(rows))
-    for now in itertools.count(step):
-        picked = [order(i // len(rows))[i % len(rows)]
-                  for i in range(now * batch_size, (now + 1) * batch_size)]
-        yield Request(np.array(picked), (*key, 1, now), part, *options)
+    def requests(self, step: int):
+        """Yield the requests from a step on; each lap over the rows has its own order."""
+        size, n = self.batch_size, len(self.rows)
+        order = functools.lru_cache(1)(
+            lambda lap: np.random.default_rng([*self.key, 0, lap]).permutation(self.rows))
+        for now in itertools.count(step):
+            picked = [order(i // n)[i % n] for i in range(now * size, (now + 1) * size)]
+            seeds = np.random.default_rng([*self.key, 1, now]).integers(2 ** 63, size=size)
+            yield Request(np.array(picked)[self.part], seeds[self.part], *self.options)
 
 
 def batches(data, rows, batch_size: int):
@@ -1415,7 +1376,7 @@ def fingerprint(data) -> str:
     digest = hashlib.sha256(str((len(data.labels), data.size, data.classes)).encode())
     rows = np.linspace(0, len(data.labels) - 1, 16).astype(int)
     for tensor in (data.labels, data.pixels(rows)):
-        digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -342,7 +342,7 @@ def main(argv=None):
 def explanations(data, rows, explanation):
     """Return the images `rows` and |delta'| of them, by itself and laid over the grey image, as
     rows of a picture; explanation (N, 3, H, W)."""
-    images, labels = data.pixels(rows).cpu(), data.labels.cpu()[rows]
+    images, labels = data.pixels(rows), data.labels[rows]
     heat = explanation.cpu().abs().mean(1)                                # (N, H, W)
     top = heat.flatten(1).quantile(0.99, 1).view(-1, 1, 1).clamp_min(1e-12)
     h = 3 * heat / top                                         # black, red, yellow, white
