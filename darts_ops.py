@@ -560,12 +560,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def barrier():
-    """Wait until every process is here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def mixed_seed(*keys: int) -> int:
     """Return a 64-bit seed from several numbers."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
@@ -754,7 +748,7 @@ def end_epoch(run, alphas: list[Tensor], **figures: float):
     cell = decode(alphas, args.max_skips)
     mean_weights = {kind: F.softmax(alpha.detach(), -1).mean(0).tolist()          # over the edges
                     for kind, alpha in zip(("normal", "reduce"), alphas)}
-    history = run.end_epoch(report | figures, {"mean_weights": mean_weights,
+    history = run.log_epoch(report | figures, {"mean_weights": mean_weights,
                                                "genotype": cell._asdict()})
     title = f"{args.out.name}, epoch {len(history)}"
     write(args.out / "genotype.json", to_json(cell))
@@ -932,11 +926,11 @@ def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Image
     """Return CIFAR from `data`, downloaded to it by one process, its checksums compared."""
     source = getattr(torchvision.datasets, dataset.upper())
     try:
-        if rank():
-            barrier()                                             # until rank 0 has it
-        cifar = source(data, train=not test, download=True)
-        if not rank():
-            barrier()
+        for turn in (True, False):                                # rank 0 first, then the others
+            if turn == (rank() == 0):
+                cifar = source(data, train=not test, download=True)
+            if world_size() > 1:
+                dist.barrier()
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise BadInput(f"{dataset} is not in {data} and cannot be downloaded ({error}): put "
                        f"{source.filename} there, or use --dataset folder --data DIR") from None
@@ -1287,11 +1281,9 @@ def start(args) -> torch.device:
     if not args.resume and (args.out / "checkpoint.pt").exists():
         raise BadInput(f"there is a run in {args.out}: --resume goes on with it; a new one needs "
                        "another --out")
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    name = args.device
-    if name == "auto":
-        name = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
-    if not has[name]:
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    name = [*here, "cpu"][0] if args.device == "auto" else args.device
+    if name not in (*here, "cpu"):
         raise BadInput(f"--device {name}: torch sees no such device here")
     device = torch.device(name)
     if args.graphs:
@@ -1340,11 +1332,7 @@ def write(path: Path, content: str | bytes):
     if rank():
         return
     temporary = path.with_name(path.name + ".tmp")
-    content = content.encode() if isinstance(content, str) else content
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 
@@ -1421,8 +1409,7 @@ class Run:
 
     def epochs(self, epoch_steps: int):
         """Yield the epochs that are left of the present stage; after each the run is saved."""
-        args, state, self.epoch_steps, self.done = self.args, self.state, epoch_steps, 0
-        self.begin = self.lap = self.saved = time.time()
+        args, state, self.epoch_steps, self.saved = self.args, self.state, epoch_steps, time.time()
         end = (state["stage"] + 1) * args.epochs * epoch_steps
         while state["step"] < end and not state["stopped"]:
             yield state["step"] // epoch_steps - state["stage"] * args.epochs
@@ -1431,7 +1418,7 @@ class Run:
     def steps(self):
         """Yield the steps of the run that are left of the present epoch. Within it the run is saved
         every --checkpoint-minutes; what is drawn in a step is a function of (seed, step, rank)."""
-        state, self.lap = self.state, time.time()
+        state, lap = self.state, time.time()
         recordings.clear()                                        # of the epoch before
         end = (state["step"] // self.epoch_steps + 1) * self.epoch_steps
         while state["step"] < end:
@@ -1439,36 +1426,31 @@ class Run:
             yield state["step"]
             state["step"] += 1
             now = time.time()
-            state["seconds"] += now - self.lap
-            self.lap = now
+            state["seconds"] += now - lap
+            lap = now
             if state["step"] < end and now - self.saved > 60 * self.args.checkpoint_minutes:
                 self.save()                                       # at its end, after the validation
 
-    def log(self, **figures: Tensor):
+    def log_step(self, **figures: Tensor):
         """Add a step's figures to the epoch's sums and print them now and then."""
-        args, state, i = self.args, self.state, self.state["step"] % self.epoch_steps + 1
+        state, i = self.state, self.state["step"] % self.epoch_steps + 1
         values = torch.stack([value.detach().float() for value in figures.values()])
         if world_size() > 1:
             values = all_sum([values], 1 / world_size())[0]
         values = values.tolist()
         for name, value in zip(figures, values):
             state["sums"][name] = state["sums"].get(name, 0.0) + value
-        self.done += 1
-        if i % args.log_every == 0 or i == self.epoch_steps:
-            spent = (time.time() - self.begin) / self.done
-            epochs = args.epochs * len(getattr(args, "candidates", [0]))
-            left = epochs * self.epoch_steps - state["step"] - 1
+        if i % self.args.log_every == 0 or i == self.epoch_steps:
             words = "  ".join(f"{name.replace('_', ' ')} {value:.3f}"
                               for name, value in zip(figures, values))
-            print(f"epoch {state['step'] // self.epoch_steps + 1}/{epochs} "
-                  f"step {i}/{self.epoch_steps}  {words}  {args.batch_size / spent:.1f} images/s  "
-                  f"left {timedelta(seconds=round(spent * left))}", flush=True)
+            print(f"epoch {state['step'] // self.epoch_steps + 1}, step {i}/{self.epoch_steps}, "
+                  f"{state['seconds']:.0f} s  {words}", flush=True)
 
-    def end_epoch(self, figures: dict | None = None, more: dict | None = None) -> list[dict]:
+    def log_epoch(self, figures: dict | None = None, more: dict | None = None) -> list[dict]:
         """Write an epoch's line to the log: the means of its steps, figures, and more that is not
         printed. Returns the lines so far. The checkpoint comes after it, so that an interruption
         repeats what is done here."""
-        args, state = self.args, self.state
+        state = self.state
         line = {"epoch": len(state["history"]) + 1}
         line |= {name: value / self.epoch_steps for name, value in state["sums"].items()}
         line |= figures or {}
@@ -1479,7 +1461,7 @@ class Run:
             print("the search ends here:", state["stopped"])
         line |= more or {}
         state |= dict(sums={}, seconds=0.0, history=[*state["history"], line])
-        write(args.out / "log.jsonl", "".join(json.dumps(each) + "\n" for each in
+        write(self.args.out / "log.jsonl", "".join(json.dumps(each) + "\n" for each in
                                               state["history"]))
         return state["history"]
 

@@ -365,8 +365,8 @@ def train(args, checkpoint):
         for step in run.steps():
             grads, loss, accuracy = gradient(m, stream(step), args)
             ops.descend(optimizer, grads, "the network", args.grad_clip)
-            run.log(train_loss=loss, train_accuracy=accuracy)
-        run.end_epoch()
+            run.log_step(train_loss=loss, train_accuracy=accuracy)
+        run.log_epoch()
 
     with ops.evaluating(network):
         top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size,

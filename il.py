@@ -303,7 +303,7 @@ def main(argv=None):
             for step in run.steps():
                 batches = [[stream(step) for stream in streams]
                            for streams in (train_streams, val_streams)]
-                run.log(**algorithm_3(m, batches, args, learns))
+                run.log_step(**algorithm_3(m, batches, args, learns))
 
             figures = {}
             for k, net in enumerate(nets[-len(tasks):]):

@@ -317,7 +317,7 @@ def main(argv=None):
                 train, val = (stream(step) for stream in streams)
                 delta = random_delta(train[0].shape, args.delta_scale, device, args.seed, step,
                                      ops.rank())
-                run.log(**algorithm_1(m, (train, val, delta), args, learns))
+                run.log_step(**algorithm_1(m, (train, val, delta), args, learns))
 
             figures = {}
             with ops.evaluating(explainer):

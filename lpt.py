@@ -342,7 +342,7 @@ def main(argv=None):
                                   args.tester_lr)
             for step in run.steps():
                 batches = [stream(step) for stream in streams]
-                run.log(**algorithm_2(m, batches, args, learns))
+                run.log_step(**algorithm_2(m, batches, args, learns))
 
             figures, f = {}, None
             if args.ablation == 1:

@@ -2604,8 +2604,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
-    real = os.fsync
-    monkeypatch.setattr(os, "fsync", fail)
+    real = os.replace
+    monkeypatch.setattr(os, "replace", fail)
     assert run_script(lpt, *TINY, "--epochs", 3, "--out", tmp_path / "run") == 1
     assert "No space left" in one_line(capsys)
     assert ops.read_checkpoint(tmp_path / "run")["run"]["step"] == 0

@@ -320,7 +320,7 @@ class Checks:
         command, _ = [*self.command(job, folder=f"{job} cut"), *more], self.job(job)
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
-                if line.startswith("epoch 2/") and "step 10/" in line:
+                if line.startswith("epoch 2, step 10/"):
                     process.kill()
         assert process.returncode == -9, f"exit code {process.returncode}"
         self.run([*command, "--resume"])
