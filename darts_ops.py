@@ -1,8 +1,8 @@
 """What the three methods share, in two parts.
 
 Part I is what the papers speak of: gradients, the DARTS search space, the architecture. Read it
-first. Part II is what runs it: processes, base searches, images, command line, run folder. Part I
-uses nothing of Part II.
+first. Part II is what runs it, in the order of a script's main: command line, run folder, images,
+base searches. Part I uses nothing of Part II.
 
 Sources: DARTS (Liu et al. 2019, arXiv 1806.09055) for the search space and the one-step gradient;
 each base's paper beside its line in BASES; the methods' equations are in their own scripts.
@@ -549,523 +549,8 @@ def prune(alphas: list[Tensor], keep: int) -> list:
 
 
 # =================================================================================================
-# PART II. What runs it: processes, bases, images, command line, run. Skip it on a first reading.
-
-# -------------------------------------------------------------------------------------- processes
-# Several processes stay one search only if whatever they must agree on goes through all_sum.
-
-
-def rank() -> int:
-    """Return this process's number among those that share the run; 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def mixed_seed(*keys: int) -> int:
-    """Return a 64-bit seed from several numbers."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
-
-
-def seed_all(*keys: int):
-    """Set torch's generators as a pure function of `keys`, each GPU's to another state: the
-    replicas of DataParallel must not drop the same paths."""
-    torch.manual_seed(mixed_seed(*keys))
-    for i, generator in enumerate(torch.cuda.default_generators):
-        generator.manual_seed(mixed_seed(*keys, i))
-
-
-@contextlib.contextmanager
-def evaluating(*modules: nn.Module):
-    """Put modules in evaluation mode, with rank 0's BatchNorm statistics in all processes."""
-    for module in modules:
-        module.eval()
-        statistics = [b for b in module.buffers() if b.is_floating_point()]
-        if world_size() > 1 and statistics:
-            sums = all_sum([torch.zeros_like(b) if rank() else b for b in statistics])
-            torch._foreach_copy_(statistics, sums)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.train()
-
-
-def autocast(device, on: bool):
-    """Compute in bfloat16 where torch finds it safe. Nothing is cached between passes, as they are
-    made at several weights."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
-
-
-# ------------------------------------------------------------------------------------ CUDA graphs
-# A step launches thousands of small kernels, and a GPU waits for each. With --graphs a pass's
-# kernels are recorded once an epoch and replayed together.
-
-recordings = {}         # of this epoch: (pass, shapes) -> its graph, what it was given, its result
-
-
-def graphed(function):
-    """Make function(m, batches, args, ...) of learners m a CUDA graph if args.graphs is set.
-
-    A replay repeats the recorded kernels, with the numbers that they were given, in the memory that
-    they used. Such numbers, as learning rates, change between epochs, and momenta exist after the
-    first step: so in each epoch (Run.steps) a pass runs as it is, is recorded at its second call
-    and replayed from then on. Tensors among the arguments are copied into those of the recording;
-    whatever m holds must stay where it is. Each call overwrites the result of the one before.
-    """
-    @functools.wraps(function)
-    def call(m, batches, args, *more):
-        if not args.graphs:
-            return function(m, batches, args, *more)
-        given = [t for t in tree_leaves((batches, more)) if torch.is_tensor(t)]
-        key = function, *(t.shape for t in given)
-        if key not in recordings:
-            recordings[key] = None
-            return function(m, batches, args, *more)
-        if recordings[key] is None:
-            graph = torch.cuda.CUDAGraph()
-            pool = next((made[0].pool() for made in recordings.values() if made), None)
-            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                recordings[key] = graph, given, function(m, batches, args, *more)
-        graph, recorded, result = recordings[key]
-        with torch.no_grad():
-            for old, new in zip(recorded, given):
-                if old is not new:
-                    old.copy_(new)
-        graph.replay()
-        return result
-    return call
-
-
-def refuse_graphs(args, device):
-    """Raise BadInput where --graphs does not work."""
-    for fits, why in (
-            (device.type == "cuda", "needs a CUDA GPU"),
-            ("RANK" not in os.environ, "needs one process"),
-            (hasattr(args, "base") or torch.cuda.device_count() == 1,
-             "evaluate.py needs exactly one visible GPU, e.g. CUDA_VISIBLE_DEVICES=0"),
-            (getattr(args, "gradient", "") != "exact", "not with --gradient exact"),
-            (not any(getattr(args, "skip_dropout", ())), "not with --base pdarts, whose skip "
-             "dropout draws from a generator of its own")):
-        if not fits:
-            raise BadInput(f"--graphs: {why}")
-
-
-# ------------------------------------------------------------------------------------------ bases
-# The base searches as data, and what they do in a search: its stages, what changes from epoch to
-# epoch, when it ends. A new base is a line in BASES and what it does differently here.
-
-# Entries of layers, candidates and skip_dropout are per stage; weights and A start anew in each
-# stage, and epochs and warm_up count within it.
-DARTS = dict(order=1, layers=[8], epochs=50, batch_size=64, lr=0.025, lr_min=0.001, alpha_lr=3e-4,
-             warm_up=0, candidates=[8], skip_dropout=[0.0], max_skips=8, stop_at_skips=0, partial=1,
-             auxiliary_skip=False)
-BASES = {
-    "darts-1st": DARTS,                                           # arXiv 1806.09055, §A.1
-    "darts-2nd": DARTS | dict(order=2),
-    "darts-": DARTS | dict(auxiliary_skip=True),                  # arXiv 2009.01027
-    "darts+": DARTS | dict(stop_at_skips=2),                      # arXiv 1909.06035
-    "pcdarts": DARTS | dict(batch_size=256, lr=0.1, lr_min=0.0, alpha_lr=6e-4, warm_up=15,
-                            partial=4),                           # arXiv 1907.05737
-    "pdarts": DARTS | dict(layers=[5, 11, 17], epochs=25, batch_size=96, lr_min=0.0, alpha_lr=6e-4,
-                           warm_up=10, candidates=[8, 5, 3], skip_dropout=[0.1, 0.4, 0.7],
-                           max_skips=2),                          # arXiv 1904.12760
-}
-IMAGENET = dict(image_size=224, subsets=[0.1, 0.025])
-IMAGENET_BASES = {"pcdarts": dict(batch_size=1024, lr=0.5, alpha_lr=6e-3, warm_up=35)}
-
-
-def stages(run):
-    """Yield the stages that are left of a search. Between two stages the weakest candidates of
-    every edge are removed (P-DARTS §3.2)."""
-    args, state = run.args, run.state
-    state.setdefault("kept", ALL)
-    while state["stage"] < len(args.layers) and not state["stopped"]:
-        yield state["stage"]
-        state["stage"] += 1
-        if state["stage"] < len(args.layers):
-            state["kept"] = prune(run.parts["outer"][:2], args.candidates[state["stage"]])
-
-
-def new_stage(run, classes: list[int], device):
-    """Make what starts anew in a stage, as a function of (seed, stage): a supernet with its SGD for
-    each entry of classes, and the architecture A with its Adam.
-
-    Returns (supernets, their optimizers, alphas, optimizer of alphas).
-    """
-    args, stage, kept = run.args, run.state["stage"], run.state["kept"]
-    seed_all(args.seed, stage)
-    nets = [place(Supernet(args.channels, n, args.layers[stage], kept, args.partial,
-                           args.auxiliary_skip, "imagenet" in task_names(args)), device)
-            for n in classes]
-    opts = [torch.optim.SGD(net.parameters(), args.lr, args.momentum,
-                            weight_decay=args.weight_decay) for net in nets]
-    alphas = initial_alphas(device, kept, args.partial)
-    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
-                                 weight_decay=args.alpha_weight_decay)
-    print(f"stage {stage + 1} of {len(args.layers)}: {args.layers[stage]} cells, "
-          f"{args.candidates[stage]} candidates an edge")
-    return nets, opts, alphas, alpha_opt
-
-
-def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
-    """Return the learning rate of an epoch, annealed from start towards end (SGDR, Eq. 5)."""
-    return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-
-def schedule(args, stage: int, epoch: int, nets, opts, other_opt=None, other_lr=0.0) -> bool:
-    """Set what changes from epoch to epoch of a stage: the learning rates, DARTS-'s auxiliary skip,
-    P-DARTS' skip dropout. Returns whether A learns in this epoch.
-
-    other_opt: of a learner that has no stages (LPT's tester, LeaSE's audience); its rate falls from
-    other_lr to 0 over all of them.
-    """
-    learns, last = epoch >= args.warm_up, args.epochs - 1
-    rate = args.skip_dropout[stage] * (math.exp(-0.2 * (epoch - args.warm_up)) if learns else
-                                       (args.epochs - epoch - 1) / args.epochs)
-    for net, opt in zip(nets, opts):
-        opt.param_groups[0]["lr"] = cosine(args.lr, args.lr_min, epoch, args.epochs)
-        net.knobs.skip_dropout = rate
-        net.knobs.auxiliary = args.auxiliary_skip * (1 - epoch / last if args.epochs > 1 else 0)
-    if other_opt:
-        other_opt.param_groups[0]["lr"] = cosine(other_lr, 0, stage * args.epochs + epoch,
-                                                 len(args.layers) * args.epochs)
-    return learns
-
-
-def architecture_report(alphas: list[Tensor]) -> dict:
-    """Return the mean entropy of softmax(alpha) in nats, and the number of skip connections in the
-    normal cell when it is decoded without a limit on them."""
-    p = F.softmax(torch.cat([a.detach().cpu() for a in alphas[:2]]), -1)
-    return {"alpha_entropy": torch.special.entr(p).sum(-1).mean().item(),
-            "skip_connections": sum(op == "skip_connect" for op, _ in decode(alphas).normal)}
-
-
-def end_epoch(run, alphas: list[Tensor], **figures: float):
-    """Write what an epoch of a search leaves behind: its line in the log, the cell and drawings.
-    Ends the search if its cell has too many skip connections (DARTS+)."""
-    args, report = run.args, architecture_report(alphas)
-    if 0 < args.stop_at_skips <= report["skip_connections"]:
-        run.state["stopped"] = f"the normal cell has {report['skip_connections']} skip connections"
-    cell = decode(alphas, args.max_skips)
-    mean_weights = {kind: F.softmax(alpha.detach(), -1).mean(0).tolist()          # over the edges
-                    for kind, alpha in zip(("normal", "reduce"), alphas)}
-    history = run.log_epoch(report | figures, {"mean_weights": mean_weights,
-                                               "genotype": cell._asdict()})
-    title = f"{args.out.name}, epoch {len(history)}"
-    write(args.out / "genotype.json", to_json(cell))
-    write(args.out / "cells.svg", to_svg(cell, title))
-    write(args.out / "search.svg", search_svg(history, title))
-
-
-# ------------------------------------------------------------------------------------- the images
-# Data sets, their augmentation and their mini-batches. A batch is a pure function of (seed, stream,
-# step): --resume relies on it.
-
-
-class Request(NamedTuple):
-    """Images to be read together."""
-    rows: np.ndarray
-    seeds: np.ndarray | None = None     # of their augmentation; None: as they are
-    flip: bool = True                   # whether half of them are mirrored
-    cutout: int = 0                     # side of the square cut out, in pixels
-
-
-def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return images x (N, 3, H, W) uint8 as a network sees them, float32."""
-    x = (x.float() / 255 - mean.to(x.device)) / std.to(x.device)
-    return x.contiguous(memory_format=memory_format(x.device))
-
-
-@dataclass(eq=False)
-class Images(Dataset):
-    """Labelled images: in memory, or in files that `workers` processes read when they are asked
-    for, as ImageNet's."""
-    images: Tensor | list[str]          # (n, 3, H, W) uint8, or files
-    labels: Tensor                      # (n,) int64; both are on the CPU
-    classes: list[str]
-    size: tuple[int, int]               # (H, W)
-    mean: Tensor                        # (3, 1, 1), in units of 0 to 1
-    std: Tensor
-    device: torch.device                # where the batches go
-    workers: int = 0
-
-    def read(self, requests):
-        """Yield each request's x (N, 3, H, W) as a network sees it, y (N,), rows (N,)."""
-        loader = DataLoader(self, batch_size=None, sampler=requests, num_workers=self.workers,
-                            pin_memory=self.device.type == "cuda", generator=torch.Generator())
-        try:
-            for x, rows in loader:                                # rows are a tensor by now
-                x = normalised(x.to(self.device, non_blocking=True), self.mean, self.std)
-                yield x, self.labels[rows].to(self.device), rows.to(self.device)
-        except BadInput as error:                                 # torch adds the process's lines
-            raise BadInput(str(error).splitlines()[-1]) from None
-
-    def __getitem__(self, request: Request):
-        """Return the images of a request, (N, 3, H, W) uint8, and their rows."""
-        if request.seeds is None:
-            return self.pixels(request.rows), request.rows
-        state = torch.get_rng_state()
-        found = [self.augmented(row, int(seed), request.flip, request.cutout)
-                 for row, seed in zip(request.rows, request.seeds)]
-        torch.set_rng_state(state)                                # from which v2 draws
-        return torch.stack(found), request.rows
-
-    def pixels(self, rows) -> Tensor:
-        """Return images as they are, (N, 3, H, W) uint8; of those in files the centre."""
-        if torch.is_tensor(self.images):
-            return self.images[rows]
-        return torch.stack([v2.functional.pil_to_tensor(
-            centre(read_image(self.images[row]), self.size, 256 / 224)) for row in rows])
-
-    def augmented(self, row: int, seed: int, flip: bool, cutout: int) -> Tensor:
-        """Return an image cropped out of its zero-padded self (by 1/8: 4 pixels at 32), mirrored
-        half of the time and, if asked, with a square of the mean colour. One in a file is cropped
-        at a random size, and its colours are jittered."""
-        if not torch.is_tensor(self.images):
-            torch.default_generator.manual_seed(seed)
-            change = v2.Compose([
-                v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(0.5 * flip),
-                v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
-            return v2.functional.pil_to_tensor(change(read_image(self.images[row])))
-        rng, (H, W) = np.random.default_rng(seed), self.size
-        pad, mirror = H // 8, rng.random() < 0.5 * flip
-        y, x = rng.integers(2 * pad + 1, size=2)
-        image = F.pad(self.images[row], (pad,) * 4)[:, y:y + H, x:x + W]
-        image = image.flip(2) if mirror else image
-        if cutout:
-            y, x = rng.integers((H, W)) - cutout // 2
-            image[:, max(0, y):max(0, y + cutout), max(0, x):max(0, x + cutout)] = self.mean * 255
-        return image
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB of 8 bits: upright; transparent parts on white; 16 bits divided by
-    257; floats from 0 to 1 times 255. Raises ValueError for other deep images, whose white is not
-    known."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image).astype(np.float64)
-        low, high, white = pixels.min(), pixels.max(), 1 if image.mode == "F" else 65535
-        if not 0 <= low <= high <= white:
-            raise ValueError(f"its values run from {low:g} to {high:g}, where 0 to {white} are "
-                             "expected; save it with 8 or 16 bits")
-        image = Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def centre(image: Image.Image, size: tuple[int, int], zoom: float = 1.0) -> Image.Image:
-    """Return the centre (H, W) of an image whose shorter side is resized to zoom times theirs."""
-    if (image.height, image.width) == tuple(size) and zoom == 1:
-        return image
-    image = v2.functional.resize(image, [round(zoom * min(size))])
-    return v2.functional.center_crop(image, list(size))
-
-
-def read_image(file: str) -> Image.Image:
-    """Return the image in a file as RGB. Raises BadInput, which names the file."""
-    try:
-        with Image.open(file) as image:
-            return as_rgb(image)
-    except Exception as error:                                    # Pillow's decoders raise any
-        raise BadInput(f"cannot read the image {file}: {error}") from None
-
-
-IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]   # means, deviations
-
-
-def image_set(images: Tensor, labels, classes, device) -> Images:
-    """Return images in memory, with the channel statistics of their own."""
-    sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
-            for x in images.split(256)]
-    pixels = images[:, 0].numel()
-    mean = sum(s for s, _ in sums) / pixels
-    std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
-    mean, std = ((s / 255).float().view(3, 1, 1) for s in (mean, std))
-    return Images(images, torch.as_tensor(labels).long(), classes, tuple(images.shape[2:]), mean,
-                  std, torch.device(device))
-
-
-def load_images(dataset: str, args, device, classes: list[str] | None = None):
-    """Return the training images of a data set, or if the training images' classes are given, its
-    test images.
-
-    dataset: cifar10, cifar100, folder or folder:DIR (an ImageFolder tree: train/, and test/ or
-    val/), imagenet (the same, read from its files), synthetic or synthetic:CLASSES. args: data,
-    image_size and workers. Raises BadInput where they cannot be had.
-    """
-    name, _, option = dataset.partition(":")
-    size, test = args.image_size, classes is not None
-    if name == "synthetic":
-        return synthetic(int(option or 10), size or 32, device, test)
-    if name not in ("folder", "imagenet"):
-        return load_cifar(dataset, args.data, size or 32, device, test)
-    root, endings = path(option or args.data), Image.registered_extensions()
-    where = root / "train"
-    if test:
-        where = root / ("test" if name == "folder" and (root / "test").is_dir() else "val")
-    try:
-        folder = torchvision.datasets.ImageFolder(
-            where, is_valid_file=lambda file: Path(file).suffix.lower() in endings)
-    except OSError as error:
-        raise BadInput(f"no images in {where}: {error}; DIR must hold train/, and test/ or val/, "
-                       "each with a folder of images per class") from None
-    if test and folder.classes != classes:
-        odd = min(set(folder.classes) ^ set(classes))
-        raise BadInput(f"{where} and {root / 'train'} have different classes: {odd!r} is in one")
-    files, labels = zip(*folder.samples)
-    if name == "folder":
-        return read_folder(files, labels, folder.classes, size, device)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET_STATISTICS)
-    return Images(list(files), torch.tensor(labels), folder.classes, (size or 224,) * 2, mean, std,
-                  torch.device(device), args.workers)
-
-
-def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Images:
-    """Return CIFAR from `data`, downloaded to it by one process, its checksums compared."""
-    source = getattr(torchvision.datasets, dataset.upper())
-    try:
-        for turn in (True, False):                                # rank 0 first, then the others
-            if turn == (rank() == 0):
-                cifar = source(data, train=not test, download=True)
-            if world_size() > 1:
-                dist.barrier()
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise BadInput(f"{dataset} is not in {data} and cannot be downloaded ({error}): put "
-                       f"{source.filename} there, or use --dataset folder --data DIR") from None
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-    if size != 32:
-        images = torch.cat([v2.functional.resize(part, [size]) for part in images.split(1000)])
-    return image_set(images, cifar.targets, cifar.classes, device)
-
-
-def read_folder(files, labels, classes, image_size: int | None, device) -> Images:
-    """Return the images in files, resized and centre-cropped to image_size if given."""
-    for row, file in enumerate(files):
-        image = read_image(file)
-        image = centre(image, (image_size, image_size)) if image_size else image
-        if row == 0:
-            images = torch.empty(len(files), 3, image.height, image.width, dtype=torch.uint8)
-        if images.shape[2:] != (image.height, image.width):
-            raise BadInput(f"{file} is {image.width} x {image.height} pixels and the images before "
-                           "it are not: give --image-size")
-        images[row] = v2.functional.pil_to_tensor(image)
-    return image_set(images, labels, classes, device)
-
-
-def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> Images:
-    """Return small procedural images that a network can learn: a class is a colour and a shape, on
-    noise of another colour. 4% of the training labels are wrong on purpose, none of the test's."""
-    rng = np.random.default_rng([num_classes, image_size, test])
-    n = 400 if test else 2000
-    labels = rng.integers(num_classes, size=n)
-
-    def of(*shape, low=0.0, high=1.0):
-        return rng.uniform(low, high, size=(n, *shape)).astype(np.float32)
-
-    grid = np.linspace(-1, 1, image_size, dtype=np.float32)
-    u = (grid[None, None, :] - of(1, 1, low=-0.3, high=0.3)) / of(1, 1, low=0.4, high=0.8)
-    v = (grid[None, :, None] - of(1, 1, low=-0.3, high=0.3)) / of(1, 1, low=0.4, high=0.8)
-    power = np.array([0.6, 1, 2, 8], np.float32)[labels % 4, None, None]    # star, ..., square
-    radius = np.abs(u) ** power + np.abs(v) ** power
-    ring = ((labels // 4 % 2 == 1)[:, None, None]) & (radius < 0.3)
-    mask = ((radius < 1) & ~ring)[:, None]
-    hue = (labels / num_classes + rng.normal(0, 0.03, n)).astype(np.float32)[:, None]
-    colour = 0.5 + 0.4 * np.cos(2 * np.pi * (hue + np.array([[0, 1 / 3, 2 / 3]], np.float32)))
-    image = np.where(mask, colour[:, :, None, None], of(3, 1, 1)) + rng.normal(
-        0, 0.12, (n, 3, image_size, image_size)).astype(np.float32)
-    if not test:
-        wrong = rng.random(n) < 0.04
-        labels = np.where(wrong, (labels + rng.integers(1, num_classes, n)) % num_classes, labels)
-    pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
-    names = [f"{s}{k}" for k, s in zip(range(num_classes), ["star", "diamond", "disc", "square"]
-                                       * num_classes)]
-    return image_set(torch.from_numpy(pixels), labels, names, device)
-
-
-def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
-    """Return the rows of the training half, the validation half and the held-out images: a random
-    partition. The held-out ones are the same for every seed, so that another script can test on
-    them. subsets: instead of halves, these two shares of every class (PC-DARTS §4.3)."""
-    n = len(labels)
-    if hold_out >= n:
-        raise BadInput(f"--hold-out {hold_out}: there are {n} training images")
-    order = np.random.default_rng(0).permutation(n)
-    held, rest = np.sort(order[:hold_out]), np.sort(order[hold_out:])
-    rest = np.random.default_rng([seed, 0]).permutation(rest)
-    if not subsets:
-        return rest[:len(rest) // 2], rest[len(rest) // 2:], held
-    halves, labels = ([], []), np.asarray(labels)
-    for k in range(labels.max() + 1):
-        rows = rest[labels[rest] == k]
-        a, b = (max(1, round(share * len(rows))) for share in subsets)
-        halves[0].append(rows[:a])
-        halves[1].append(rows[a:a + b])
-    return *map(np.concatenate, halves), held
-
-
-class Stream:
-    """Endless mini-batches of some rows of the images, shuffled without replacement and augmented.
-
-    stream(step) is a pure function of (seed, name, step): x (N, 3, H, W), y (N,), rows (N,); of
-    several processes each has its own part of the batch. Raises BadInput.
-    """
-
-    def __init__(self, data, rows, batch_size: int, seed: int, name: str, cutout=0,
-                 flip=True):
-        n = batch_size // world_size()
-        if batch_size > len(rows):
-            raise BadInput(f"--batch-size {batch_size}: there are {len(rows)} images to train on"
-                           f"{', in each half' * (name != 'evaluate')}; give that or less")
-        if batch_size % world_size() or n < 2:
-            raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
-                           "with two images or more for each")
-        self.rows, self.batch_size = rows, batch_size
-        self.key, self.options = (seed, zlib.crc32(name.encode())), (flip, cutout)
-        self.part = slice(rank() * n, (rank() + 1) * n)
-        self.data, self.next = data, -1
-
-    def epoch_steps(self) -> int:
-        return math.ceil(len(self.rows) / self.batch_size)
-
-    def __call__(self, step: int):
-        if step != self.next:                                     # the first, or not in order
-            self.batches = self.data.read(self.requests(step))
-        self.next = step + 1
-        return next(self.batches)
-
-    def requests(self, step: int):
-        """Yield the requests from a step on; each lap over the rows has its own order."""
-        size, n = self.batch_size, len(self.rows)
-        order = functools.lru_cache(1)(
-            lambda lap: np.random.default_rng([*self.key, 0, lap]).permutation(self.rows))
-        for now in itertools.count(step):
-            picked = [order(i // n)[i % n] for i in range(now * size, (now + 1) * size)]
-            seeds = np.random.default_rng([*self.key, 1, now]).integers(2 ** 63, size=size)
-            yield Request(np.array(picked)[self.part], seeds[self.part], *self.options)
-
-
-def batches(data, rows, batch_size: int):
-    """Yield x, y of each image of `rows` once, in order and as it is."""
-    # the last image alone joins the batch before it: BatchNorm in training refuses one
-    parts = np.split(np.asarray(rows), range(batch_size, len(rows) - 1, batch_size))
-    for x, y, _ in data.read(Request(part) for part in parts if len(part)):
-        yield x, y
-
-
-@torch.no_grad()
-def accuracies(predict, data, rows, batch_size: int, top=(1,)) -> list[float]:
-    """Return the shares of images `rows` whose label is among the k largest logits of predict(x),
-    for each k in top."""
-    hits = torch.zeros(len(top), device=data.device)
-    for x, y in batches(data, np.asarray(rows)[rank()::world_size()], batch_size):
-        found = predict(x).topk(min(max(top), len(data.classes)), 1).indices == y[:, None]
-        hits += torch.stack([found[:, :k].sum() for k in top])
-    if world_size() > 1:
-        hits = all_sum([hits])[0]
-    return [count / len(rows) for count in hits.tolist()]
-
+# PART II. What runs it, in the order in which a script's main uses it: command line, run, images,
+# bases; then what all of it uses, processes and CUDA graphs. Skip it on a first reading.
 
 # ------------------------------------------------------------------------------------ command line
 # Arguments and their defaults by base and data set.
@@ -1472,15 +957,328 @@ class Run:
         write(self.args.out / f"{name}.png", content.getvalue())
 
 
-def print_next(args):
-    """Print where a search's cell is, and the commands that evaluate it."""
-    print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
-    for dataset in task_names(args):
-        words = ["--arch", f"{args.out}/genotype.json", "--dataset", dataset, "--data", args.data]
-        words += ["--image-size", args.image_size] if args.image_size else []
-        words += ["--hold-out", args.hold_out] if args.hold_out else []
-        words += ["--no-flip"] * (not args.flip) + ["--quick"] * args.quick
-        print("python evaluate.py", shlex.join(map(str, words)))
+def run(main, argv=None):
+    """Run main(argv). Bad input ends in one line and exit code 2, what goes wrong in a run in one
+    line and exit code 1, Ctrl-C in 130."""
+    try:
+        main(argv)
+    except (KeyboardInterrupt, BadInput, NotFinite, OSError) as error:
+        message = str(error) or "interrupted; --resume goes on from the last checkpoint"
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        sys.exit({KeyboardInterrupt: 130, BadInput: 2}.get(type(error), 1))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------- the images
+# Data sets, their augmentation and their mini-batches. A batch is a pure function of (seed, stream,
+# step): --resume relies on it.
+
+
+class Request(NamedTuple):
+    """Images to be read together."""
+    rows: np.ndarray
+    seeds: np.ndarray | None = None     # of their augmentation; None: as they are
+    flip: bool = True                   # whether half of them are mirrored
+    cutout: int = 0                     # side of the square cut out, in pixels
+
+
+def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return images x (N, 3, H, W) uint8 as a network sees them, float32."""
+    x = (x.float() / 255 - mean.to(x.device)) / std.to(x.device)
+    return x.contiguous(memory_format=memory_format(x.device))
+
+
+@dataclass(eq=False)
+class Images(Dataset):
+    """Labelled images: in memory, or in files that `workers` processes read when they are asked
+    for, as ImageNet's."""
+    images: Tensor | list[str]          # (n, 3, H, W) uint8, or files
+    labels: Tensor                      # (n,) int64; both are on the CPU
+    classes: list[str]
+    size: tuple[int, int]               # (H, W)
+    mean: Tensor                        # (3, 1, 1), in units of 0 to 1
+    std: Tensor
+    device: torch.device                # where the batches go
+    workers: int = 0
+
+    def read(self, requests):
+        """Yield each request's x (N, 3, H, W) as a network sees it, y (N,), rows (N,)."""
+        loader = DataLoader(self, batch_size=None, sampler=requests, num_workers=self.workers,
+                            pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        try:
+            for x, rows in loader:                                # rows are a tensor by now
+                x = normalised(x.to(self.device, non_blocking=True), self.mean, self.std)
+                yield x, self.labels[rows].to(self.device), rows.to(self.device)
+        except BadInput as error:                                 # torch adds the process's lines
+            raise BadInput(str(error).splitlines()[-1]) from None
+
+    def __getitem__(self, request: Request):
+        """Return the images of a request, (N, 3, H, W) uint8, and their rows."""
+        if request.seeds is None:
+            return self.pixels(request.rows), request.rows
+        state = torch.get_rng_state()
+        found = [self.augmented(row, int(seed), request.flip, request.cutout)
+                 for row, seed in zip(request.rows, request.seeds)]
+        torch.set_rng_state(state)                                # from which v2 draws
+        return torch.stack(found), request.rows
+
+    def pixels(self, rows) -> Tensor:
+        """Return images as they are, (N, 3, H, W) uint8; of those in files the centre."""
+        if torch.is_tensor(self.images):
+            return self.images[rows]
+        return torch.stack([v2.functional.pil_to_tensor(
+            centre(read_image(self.images[row]), self.size, 256 / 224)) for row in rows])
+
+    def augmented(self, row: int, seed: int, flip: bool, cutout: int) -> Tensor:
+        """Return an image cropped out of its zero-padded self (by 1/8: 4 pixels at 32), mirrored
+        half of the time and, if asked, with a square of the mean colour. One in a file is cropped
+        at a random size, and its colours are jittered."""
+        if not torch.is_tensor(self.images):
+            torch.default_generator.manual_seed(seed)
+            change = v2.Compose([
+                v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(0.5 * flip),
+                v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
+            return v2.functional.pil_to_tensor(change(read_image(self.images[row])))
+        rng, (H, W) = np.random.default_rng(seed), self.size
+        pad, mirror = H // 8, rng.random() < 0.5 * flip
+        y, x = rng.integers(2 * pad + 1, size=2)
+        image = F.pad(self.images[row], (pad,) * 4)[:, y:y + H, x:x + W]
+        image = image.flip(2) if mirror else image
+        if cutout:
+            y, x = rng.integers((H, W)) - cutout // 2
+            image[:, max(0, y):max(0, y + cutout), max(0, x):max(0, x + cutout)] = self.mean * 255
+        return image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB of 8 bits: upright; transparent parts on white; 16 bits divided by
+    257; floats from 0 to 1 times 255. Raises ValueError for other deep images, whose white is not
+    known."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.asarray(image).astype(np.float64)
+        low, high, white = pixels.min(), pixels.max(), 1 if image.mode == "F" else 65535
+        if not 0 <= low <= high <= white:
+            raise ValueError(f"its values run from {low:g} to {high:g}, where 0 to {white} are "
+                             "expected; save it with 8 or 16 bits")
+        image = Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def centre(image: Image.Image, size: tuple[int, int], zoom: float = 1.0) -> Image.Image:
+    """Return the centre (H, W) of an image whose shorter side is resized to zoom times theirs."""
+    if (image.height, image.width) == tuple(size) and zoom == 1:
+        return image
+    image = v2.functional.resize(image, [round(zoom * min(size))])
+    return v2.functional.center_crop(image, list(size))
+
+
+def read_image(file: str) -> Image.Image:
+    """Return the image in a file as RGB. Raises BadInput, which names the file."""
+    try:
+        with Image.open(file) as image:
+            return as_rgb(image)
+    except Exception as error:                                    # Pillow's decoders raise any
+        raise BadInput(f"cannot read the image {file}: {error}") from None
+
+
+IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]   # means, deviations
+
+
+def image_set(images: Tensor, labels, classes, device) -> Images:
+    """Return images in memory, with the channel statistics of their own."""
+    sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
+            for x in images.split(256)]
+    pixels = images[:, 0].numel()
+    mean = sum(s for s, _ in sums) / pixels
+    std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
+    mean, std = ((s / 255).float().view(3, 1, 1) for s in (mean, std))
+    return Images(images, torch.as_tensor(labels).long(), classes, tuple(images.shape[2:]), mean,
+                  std, torch.device(device))
+
+
+def load_images(dataset: str, args, device, classes: list[str] | None = None):
+    """Return the training images of a data set, or if the training images' classes are given, its
+    test images.
+
+    dataset: cifar10, cifar100, folder or folder:DIR (an ImageFolder tree: train/, and test/ or
+    val/), imagenet (the same, read from its files), synthetic or synthetic:CLASSES. args: data,
+    image_size and workers. Raises BadInput where they cannot be had.
+    """
+    name, _, option = dataset.partition(":")
+    size, test = args.image_size, classes is not None
+    if name == "synthetic":
+        return synthetic(int(option or 10), size or 32, device, test)
+    if name not in ("folder", "imagenet"):
+        return load_cifar(dataset, args.data, size or 32, device, test)
+    root, endings = path(option or args.data), Image.registered_extensions()
+    where = root / "train"
+    if test:
+        where = root / ("test" if name == "folder" and (root / "test").is_dir() else "val")
+    try:
+        folder = torchvision.datasets.ImageFolder(
+            where, is_valid_file=lambda file: Path(file).suffix.lower() in endings)
+    except OSError as error:
+        raise BadInput(f"no images in {where}: {error}; DIR must hold train/, and test/ or val/, "
+                       "each with a folder of images per class") from None
+    if test and folder.classes != classes:
+        odd = min(set(folder.classes) ^ set(classes))
+        raise BadInput(f"{where} and {root / 'train'} have different classes: {odd!r} is in one")
+    files, labels = zip(*folder.samples)
+    if name == "folder":
+        return read_folder(files, labels, folder.classes, size, device)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET_STATISTICS)
+    return Images(list(files), torch.tensor(labels), folder.classes, (size or 224,) * 2, mean, std,
+                  torch.device(device), args.workers)
+
+
+def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Images:
+    """Return CIFAR from `data`, downloaded to it by one process, its checksums compared."""
+    source = getattr(torchvision.datasets, dataset.upper())
+    try:
+        for turn in (True, False):                                # rank 0 first, then the others
+            if turn == (rank() == 0):
+                cifar = source(data, train=not test, download=True)
+            if world_size() > 1:
+                dist.barrier()
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise BadInput(f"{dataset} is not in {data} and cannot be downloaded ({error}): put "
+                       f"{source.filename} there, or use --dataset folder --data DIR") from None
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
+    if size != 32:
+        images = torch.cat([v2.functional.resize(part, [size]) for part in images.split(1000)])
+    return image_set(images, cifar.targets, cifar.classes, device)
+
+
+def read_folder(files, labels, classes, image_size: int | None, device) -> Images:
+    """Return the images in files, resized and centre-cropped to image_size if given."""
+    for row, file in enumerate(files):
+        image = read_image(file)
+        image = centre(image, (image_size, image_size)) if image_size else image
+        if row == 0:
+            images = torch.empty(len(files), 3, image.height, image.width, dtype=torch.uint8)
+        if images.shape[2:] != (image.height, image.width):
+            raise BadInput(f"{file} is {image.width} x {image.height} pixels and the images before "
+                           "it are not: give --image-size")
+        images[row] = v2.functional.pil_to_tensor(image)
+    return image_set(images, labels, classes, device)
+
+
+def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> Images:
+    """Return small procedural images that a network can learn: a class is a colour and a shape, on
+    noise of another colour. 4% of the training labels are wrong on purpose, none of the test's."""
+    rng = np.random.default_rng([num_classes, image_size, test])
+    n = 400 if test else 2000
+    labels = rng.integers(num_classes, size=n)
+
+    def of(*shape, low=0.0, high=1.0):
+        return rng.uniform(low, high, size=(n, *shape)).astype(np.float32)
+
+    grid = np.linspace(-1, 1, image_size, dtype=np.float32)
+    u = (grid[None, None, :] - of(1, 1, low=-0.3, high=0.3)) / of(1, 1, low=0.4, high=0.8)
+    v = (grid[None, :, None] - of(1, 1, low=-0.3, high=0.3)) / of(1, 1, low=0.4, high=0.8)
+    power = np.array([0.6, 1, 2, 8], np.float32)[labels % 4, None, None]    # star, ..., square
+    radius = np.abs(u) ** power + np.abs(v) ** power
+    ring = ((labels // 4 % 2 == 1)[:, None, None]) & (radius < 0.3)
+    mask = ((radius < 1) & ~ring)[:, None]
+    hue = (labels / num_classes + rng.normal(0, 0.03, n)).astype(np.float32)[:, None]
+    colour = 0.5 + 0.4 * np.cos(2 * np.pi * (hue + np.array([[0, 1 / 3, 2 / 3]], np.float32)))
+    image = np.where(mask, colour[:, :, None, None], of(3, 1, 1)) + rng.normal(
+        0, 0.12, (n, 3, image_size, image_size)).astype(np.float32)
+    if not test:
+        wrong = rng.random(n) < 0.04
+        labels = np.where(wrong, (labels + rng.integers(1, num_classes, n)) % num_classes, labels)
+    pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    names = [f"{s}{k}" for k, s in zip(range(num_classes), ["star", "diamond", "disc", "square"]
+                                       * num_classes)]
+    return image_set(torch.from_numpy(pixels), labels, names, device)
+
+
+def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
+    """Return the rows of the training half, the validation half and the held-out images: a random
+    partition. The held-out ones are the same for every seed, so that another script can test on
+    them. subsets: instead of halves, these two shares of every class (PC-DARTS §4.3)."""
+    n = len(labels)
+    if hold_out >= n:
+        raise BadInput(f"--hold-out {hold_out}: there are {n} training images")
+    order = np.random.default_rng(0).permutation(n)
+    held, rest = np.sort(order[:hold_out]), np.sort(order[hold_out:])
+    rest = np.random.default_rng([seed, 0]).permutation(rest)
+    if not subsets:
+        return rest[:len(rest) // 2], rest[len(rest) // 2:], held
+    halves, labels = ([], []), np.asarray(labels)
+    for k in range(labels.max() + 1):
+        rows = rest[labels[rest] == k]
+        a, b = (max(1, round(share * len(rows))) for share in subsets)
+        halves[0].append(rows[:a])
+        halves[1].append(rows[a:a + b])
+    return *map(np.concatenate, halves), held
+
+
+class Stream:
+    """Endless mini-batches of some rows of the images, shuffled without replacement and augmented.
+
+    stream(step) is a pure function of (seed, name, step): x (N, 3, H, W), y (N,), rows (N,); of
+    several processes each has its own part of the batch. Raises BadInput.
+    """
+
+    def __init__(self, data, rows, batch_size: int, seed: int, name: str, cutout=0,
+                 flip=True):
+        n = batch_size // world_size()
+        if batch_size > len(rows):
+            raise BadInput(f"--batch-size {batch_size}: there are {len(rows)} images to train on"
+                           f"{', in each half' * (name != 'evaluate')}; give that or less")
+        if batch_size % world_size() or n < 2:
+            raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
+                           "with two images or more for each")
+        self.rows, self.batch_size = rows, batch_size
+        self.key, self.options = (seed, zlib.crc32(name.encode())), (flip, cutout)
+        self.part = slice(rank() * n, (rank() + 1) * n)
+        self.data, self.next = data, -1
+
+    def epoch_steps(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def __call__(self, step: int):
+        if step != self.next:                                     # the first, or not in order
+            self.batches = self.data.read(self.requests(step))
+        self.next = step + 1
+        return next(self.batches)
+
+    def requests(self, step: int):
+        """Yield the requests from a step on; each lap over the rows has its own order."""
+        size, n = self.batch_size, len(self.rows)
+        order = functools.lru_cache(1)(
+            lambda lap: np.random.default_rng([*self.key, 0, lap]).permutation(self.rows))
+        for now in itertools.count(step):
+            picked = [order(i // n)[i % n] for i in range(now * size, (now + 1) * size)]
+            seeds = np.random.default_rng([*self.key, 1, now]).integers(2 ** 63, size=size)
+            yield Request(np.array(picked)[self.part], seeds[self.part], *self.options)
+
+
+def batches(data, rows, batch_size: int):
+    """Yield x, y of each image of `rows` once, in order and as it is."""
+    # the last image alone joins the batch before it: BatchNorm in training refuses one
+    parts = np.split(np.asarray(rows), range(batch_size, len(rows) - 1, batch_size))
+    for x, y, _ in data.read(Request(part) for part in parts if len(part)):
+        yield x, y
+
+
+@torch.no_grad()
+def accuracies(predict, data, rows, batch_size: int, top=(1,)) -> list[float]:
+    """Return the shares of images `rows` whose label is among the k largest logits of predict(x),
+    for each k in top."""
+    hits = torch.zeros(len(top), device=data.device)
+    for x, y in batches(data, np.asarray(rows)[rank()::world_size()], batch_size):
+        found = predict(x).topk(min(max(top), len(data.classes)), 1).indices == y[:, None]
+        hits += torch.stack([found[:, :k].sum() for k in top])
+    if world_size() > 1:
+        hits = all_sum([hits])[0]
+    return [count / len(rows) for count in hits.tolist()]
 
 
 def draw_pictures(rows: dict, size: int) -> Image.Image:
@@ -1505,14 +1303,217 @@ def draw_pictures(rows: dict, size: int) -> Image.Image:
     return canvas
 
 
-def run(main, argv=None):
-    """Run main(argv). Bad input ends in one line and exit code 2, what goes wrong in a run in one
-    line and exit code 1, Ctrl-C in 130."""
+# ------------------------------------------------------------------------------------------ bases
+# The base searches as data, and what they do in a search: its stages, what changes from epoch to
+# epoch, when it ends. A new base is a line in BASES and what it does differently here.
+
+# Entries of layers, candidates and skip_dropout are per stage; weights and A start anew in each
+# stage, and epochs and warm_up count within it.
+DARTS = dict(order=1, layers=[8], epochs=50, batch_size=64, lr=0.025, lr_min=0.001, alpha_lr=3e-4,
+             warm_up=0, candidates=[8], skip_dropout=[0.0], max_skips=8, stop_at_skips=0, partial=1,
+             auxiliary_skip=False)
+BASES = {
+    "darts-1st": DARTS,                                           # arXiv 1806.09055, §A.1
+    "darts-2nd": DARTS | dict(order=2),
+    "darts-": DARTS | dict(auxiliary_skip=True),                  # arXiv 2009.01027
+    "darts+": DARTS | dict(stop_at_skips=2),                      # arXiv 1909.06035
+    "pcdarts": DARTS | dict(batch_size=256, lr=0.1, lr_min=0.0, alpha_lr=6e-4, warm_up=15,
+                            partial=4),                           # arXiv 1907.05737
+    "pdarts": DARTS | dict(layers=[5, 11, 17], epochs=25, batch_size=96, lr_min=0.0, alpha_lr=6e-4,
+                           warm_up=10, candidates=[8, 5, 3], skip_dropout=[0.1, 0.4, 0.7],
+                           max_skips=2),                          # arXiv 1904.12760
+}
+IMAGENET = dict(image_size=224, subsets=[0.1, 0.025])
+IMAGENET_BASES = {"pcdarts": dict(batch_size=1024, lr=0.5, alpha_lr=6e-3, warm_up=35)}
+
+
+def stages(run):
+    """Yield the stages that are left of a search. Between two stages the weakest candidates of
+    every edge are removed (P-DARTS §3.2)."""
+    args, state = run.args, run.state
+    state.setdefault("kept", ALL)
+    while state["stage"] < len(args.layers) and not state["stopped"]:
+        yield state["stage"]
+        state["stage"] += 1
+        if state["stage"] < len(args.layers):
+            state["kept"] = prune(run.parts["outer"][:2], args.candidates[state["stage"]])
+
+
+def new_stage(run, classes: list[int], device):
+    """Make what starts anew in a stage, as a function of (seed, stage): a supernet with its SGD for
+    each entry of classes, and the architecture A with its Adam.
+
+    Returns (supernets, their optimizers, alphas, optimizer of alphas).
+    """
+    args, stage, kept = run.args, run.state["stage"], run.state["kept"]
+    seed_all(args.seed, stage)
+    nets = [place(Supernet(args.channels, n, args.layers[stage], kept, args.partial,
+                           args.auxiliary_skip, "imagenet" in task_names(args)), device)
+            for n in classes]
+    opts = [torch.optim.SGD(net.parameters(), args.lr, args.momentum,
+                            weight_decay=args.weight_decay) for net in nets]
+    alphas = initial_alphas(device, kept, args.partial)
+    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
+                                 weight_decay=args.alpha_weight_decay)
+    print(f"stage {stage + 1} of {len(args.layers)}: {args.layers[stage]} cells, "
+          f"{args.candidates[stage]} candidates an edge")
+    return nets, opts, alphas, alpha_opt
+
+
+def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
+    """Return the learning rate of an epoch, annealed from start towards end (SGDR, Eq. 5)."""
+    return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def schedule(args, stage: int, epoch: int, nets, opts, other_opt=None, other_lr=0.0) -> bool:
+    """Set what changes from epoch to epoch of a stage: the learning rates, DARTS-'s auxiliary skip,
+    P-DARTS' skip dropout. Returns whether A learns in this epoch.
+
+    other_opt: of a learner that has no stages (LPT's tester, LeaSE's audience); its rate falls from
+    other_lr to 0 over all of them.
+    """
+    learns, last = epoch >= args.warm_up, args.epochs - 1
+    rate = args.skip_dropout[stage] * (math.exp(-0.2 * (epoch - args.warm_up)) if learns else
+                                       (args.epochs - epoch - 1) / args.epochs)
+    for net, opt in zip(nets, opts):
+        opt.param_groups[0]["lr"] = cosine(args.lr, args.lr_min, epoch, args.epochs)
+        net.knobs.skip_dropout = rate
+        net.knobs.auxiliary = args.auxiliary_skip * (1 - epoch / last if args.epochs > 1 else 0)
+    if other_opt:
+        other_opt.param_groups[0]["lr"] = cosine(other_lr, 0, stage * args.epochs + epoch,
+                                                 len(args.layers) * args.epochs)
+    return learns
+
+
+def architecture_report(alphas: list[Tensor]) -> dict:
+    """Return the mean entropy of softmax(alpha) in nats, and the number of skip connections in the
+    normal cell when it is decoded without a limit on them."""
+    p = F.softmax(torch.cat([a.detach().cpu() for a in alphas[:2]]), -1)
+    return {"alpha_entropy": torch.special.entr(p).sum(-1).mean().item(),
+            "skip_connections": sum(op == "skip_connect" for op, _ in decode(alphas).normal)}
+
+
+def end_epoch(run, alphas: list[Tensor], **figures: float):
+    """Write what an epoch of a search leaves behind: its line in the log, the cell and drawings.
+    Ends the search if its cell has too many skip connections (DARTS+)."""
+    args, report = run.args, architecture_report(alphas)
+    if 0 < args.stop_at_skips <= report["skip_connections"]:
+        run.state["stopped"] = f"the normal cell has {report['skip_connections']} skip connections"
+    cell = decode(alphas, args.max_skips)
+    mean_weights = {kind: F.softmax(alpha.detach(), -1).mean(0).tolist()          # over the edges
+                    for kind, alpha in zip(("normal", "reduce"), alphas)}
+    history = run.log_epoch(report | figures, {"mean_weights": mean_weights,
+                                               "genotype": cell._asdict()})
+    title = f"{args.out.name}, epoch {len(history)}"
+    write(args.out / "genotype.json", to_json(cell))
+    write(args.out / "cells.svg", to_svg(cell, title))
+    write(args.out / "search.svg", search_svg(history, title))
+
+
+def print_next(args):
+    """Print where a search's cell is, and the commands that evaluate it."""
+    print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
+    for dataset in task_names(args):
+        words = ["--arch", f"{args.out}/genotype.json", "--dataset", dataset, "--data", args.data]
+        words += ["--image-size", args.image_size] if args.image_size else []
+        words += ["--hold-out", args.hold_out] if args.hold_out else []
+        words += ["--no-flip"] * (not args.flip) + ["--quick"] * args.quick
+        print("python evaluate.py", shlex.join(map(str, words)))
+
+
+# -------------------------------------------------------------------------------------- processes
+# Several processes stay one search only if whatever they must agree on goes through all_sum.
+
+
+def rank() -> int:
+    """Return this process's number among those that share the run; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def mixed_seed(*keys: int) -> int:
+    """Return a 64-bit seed from several numbers."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
+
+
+def seed_all(*keys: int):
+    """Set torch's generators as a pure function of `keys`, each GPU's to another state: the
+    replicas of DataParallel must not drop the same paths."""
+    torch.manual_seed(mixed_seed(*keys))
+    for i, generator in enumerate(torch.cuda.default_generators):
+        generator.manual_seed(mixed_seed(*keys, i))
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module):
+    """Put modules in evaluation mode, with rank 0's BatchNorm statistics in all processes."""
+    for module in modules:
+        module.eval()
+        statistics = [b for b in module.buffers() if b.is_floating_point()]
+        if world_size() > 1 and statistics:
+            sums = all_sum([torch.zeros_like(b) if rank() else b for b in statistics])
+            torch._foreach_copy_(statistics, sums)
     try:
-        main(argv)
-    except (KeyboardInterrupt, BadInput, NotFinite, OSError) as error:
-        message = str(error) or "interrupted; --resume goes on from the last checkpoint"
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
-        sys.exit({KeyboardInterrupt: 130, BadInput: 2}.get(type(error), 1))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        yield
+    finally:
+        for module in modules:
+            module.train()
+
+
+def autocast(device, on: bool):
+    """Compute in bfloat16 where torch finds it safe. Nothing is cached between passes, as they are
+    made at several weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=on, cache_enabled=False)
+
+
+# ------------------------------------------------------------------------------------ CUDA graphs
+# A step launches thousands of small kernels, and a GPU waits for each. With --graphs a pass's
+# kernels are recorded once an epoch and replayed together.
+
+recordings = {}         # of this epoch: (pass, shapes) -> its graph, what it was given, its result
+
+
+def graphed(function):
+    """Make function(m, batches, args, ...) of learners m a CUDA graph if args.graphs is set.
+
+    A replay repeats the recorded kernels, with the numbers that they were given, in the memory that
+    they used. Such numbers, as learning rates, change between epochs, and momenta exist after the
+    first step: so in each epoch (Run.steps) a pass runs as it is, is recorded at its second call
+    and replayed from then on. Tensors among the arguments are copied into those of the recording;
+    whatever m holds must stay where it is. Each call overwrites the result of the one before.
+    """
+    @functools.wraps(function)
+    def call(m, batches, args, *more):
+        if not args.graphs:
+            return function(m, batches, args, *more)
+        given = [t for t in tree_leaves((batches, more)) if torch.is_tensor(t)]
+        key = function, *(t.shape for t in given)
+        if key not in recordings:
+            recordings[key] = None
+            return function(m, batches, args, *more)
+        if recordings[key] is None:
+            graph = torch.cuda.CUDAGraph()
+            pool = next((made[0].pool() for made in recordings.values() if made), None)
+            with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+                recordings[key] = graph, given, function(m, batches, args, *more)
+        graph, recorded, result = recordings[key]
+        with torch.no_grad():
+            for old, new in zip(recorded, given):
+                if old is not new:
+                    old.copy_(new)
+        graph.replay()
+        return result
+    return call
+
+
+def refuse_graphs(args, device):
+    """Raise BadInput where --graphs does not work."""
+    for fits, why in (
+            (device.type == "cuda", "needs a CUDA GPU"),
+            ("RANK" not in os.environ, "needs one process"),
+            (hasattr(args, "base") or torch.cuda.device_count() == 1,
+             "evaluate.py needs exactly one visible GPU, e.g. CUDA_VISIBLE_DEVICES=0"),
+            (getattr(args, "gradient", "") != "exact", "not with --gradient exact"),
+            (not any(getattr(args, "skip_dropout", ())), "not with --base pdarts, whose skip "
+             "dropout draws from a generator of its own")):
+        if not fits:
+            raise BadInput(f"--graphs: {why}")
