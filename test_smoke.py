@@ -28,7 +28,6 @@ PC-DARTS Eq. 3                    test_decoding_with_edge_weights_by_hand
 import argparse
 import contextlib
 import copy
-import errno
 import functools
 import gc
 import http.client
@@ -52,7 +51,6 @@ import tempfile
 import threading
 import time
 import types
-import unittest.mock
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -831,19 +829,6 @@ def test_the_start_of_the_perturbations():
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(starts[1:], 2))
 
 
-@slow
-def test_a_start_at_zero_and_a_fixed_step_explain_nothing():
-    """LeaSE Eq. 7 as printed: at zero the gradient is zero, and a step of 0.025 stays there."""
-    m, ((x, _, _), _, delta) = lease_problem(True)
-
-    def gradient(delta):
-        at = delta.clone().requires_grad_()
-        return ops.grad(lease.explanation_objective(m.explainer, m.alphas, x, at), [at])[0]
-
-    assert gradient(torch.zeros_like(delta)).norm() < 1e-9 * gradient(delta).norm()
-    assert 0.025 * gradient(delta).norm() < 1e-4 * delta.norm()
-
-
 @pytest.mark.parametrize("method,changes", slow_but({0, 4}, [
     ("lpt", dict(order=2)), ("lpt", dict(order=1)), ("lpt", dict(ablation=1)),
     ("lpt", dict(ablation=2)), ("il", {}), ("lease", {}), ("lpt", dict(gradient="exact"))]),
@@ -1391,8 +1376,6 @@ def test_a_search_as_a_picture():
     assert len(val_loss) == 1 and len(train_loss) == 2             # there was none in epoch 1
     assert entropy[1][1] > entropy[0][1] and skips[1][1] < skips[0][1]
     assert len(mean) == 16 and all(len(line) == 2 for line in mean)
-    assert mean[0][1][1] < mean[1][1][1] == mean[7][1][1]          # the strongest is on top
-    assert len({line[0][1] for line in mean[:8]}) == 1             # all began alike
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "<b> 0.5" in texts and "sep_conv_3x3 0.212" in texts
 
@@ -1603,26 +1586,17 @@ EVALUATE = dict(layers=20, channels=36, epochs=600, batch_size=96, lr=0.025, dec
 NETWORK = EVALUATE | dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5, cutout=0,
                           decay="linear", weight_decay=3e-5, warm_up=5, label_smoothing=0.1,
                           drop_path=0, image_size=224)            # of ImageNet, P-DARTS §4.3
-DARTS = dict(order=1, batch_size=64, lr=0.025, lr_min=0.001, alpha_lr=3e-4, warm_up=0, epochs=50,
-             layers=[8], max_skips=8, stop_at_skips=0, partial=1, auxiliary_skip=False)
-BASES = {"darts-1st": DARTS, "darts-2nd": DARTS | dict(order=2),
-         "darts-": DARTS | dict(auxiliary_skip=True), "darts+": DARTS | dict(stop_at_skips=2),
-         "pcdarts": DARTS | dict(batch_size=256, lr=0.1, lr_min=0, alpha_lr=6e-4, warm_up=15,
-                                 partial=4),
-         "pdarts": DARTS | dict(layers=[5, 11, 17], epochs=25, batch_size=96, lr_min=0, max_skips=2,
-                                alpha_lr=6e-4, warm_up=10, candidates=[8, 5, 3],
-                                skip_dropout=[0.1, 0.4, 0.7])}
 
 
 @pytest.mark.parametrize("module,argv,expected", [
-    *((lpt, ["--encoder", "none", "--base", base], BASES[base] | ALONE) for base in BASES),
-    *((lpt, ["--base", base], BASES[base] | LPT) for base in BASES),              # §3.2.2
-    *((il, ["--base", base], BASES[base] | IL | changes) for base, changes in (   # §4.3.1
+    *((lpt, ["--encoder", "none", "--base", base], ops.BASES[base] | ALONE) for base in ops.BASES),
+    *((lpt, ["--base", base], ops.BASES[base] | LPT) for base in ops.BASES),              # §3.2.2
+    *((il, ["--base", base], ops.BASES[base] | IL | changes) for base, changes in (   # §4.3.1
         ("darts-1st", dict(alpha_lr=3e-5)), ("darts-2nd", dict(alpha_lr=3e-5)), ("darts-", {}),
         ("darts+", {}), ("pcdarts", dict(alpha_lr=3e-3)), ("pdarts", dict(batch_size=64)))),
     (il, ["--joint"], dict(rounds=1, lam=0, alpha_lr=3e-5)),
-    *((lease, ["--base", base], BASES[base] | EXPLAINED | dict(                   # LeaSE §3.2
-        warm_up=BASES[base]["warm_up"] or 1)) for base in BASES),                 # departure 9
+    *((lease, ["--base", base], ops.BASES[base] | EXPLAINED | dict(               # LeaSE §3.2
+        warm_up=ops.BASES[base]["warm_up"] or 1)) for base in ops.BASES),         # departure 9
     (lpt, ["--order", "1", "--lr", "0.5", "--epochs", "9"], LPT | dict(order=1, lr=0.5, epochs=9)),
     (lpt, ["--dataset", "imagenet", "--base", "pcdarts"], LPT | dict(
         lr=0.5, alpha_lr=6e-3, batch_size=1024, warm_up=35, subsets=[0.1, 0.025], image_size=224)),
@@ -1929,28 +1903,6 @@ def test_no_flip_of_files(tmp_path):
     assert a.shape == b.shape and not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("mode", slow_but({0, 3}, ["P", "RGBA", "CMYK", "I;16"]))
-def test_a_loaded_network_reads_images_as_training_did(mode, tmp_path):
-    """The README's lines on the run's own test images give the run's own test error."""
-    rng, ending = np.random.default_rng(0), "tiff" if mode == "CMYK" else "png"
-    for part, name, i in itertools.product(("train", "test"), "abc", range(8)):
-        (tmp_path / "images" / part / name).mkdir(parents=True, exist_ok=True)
-        grey = (rng.integers(60, size=(14, 18)) + 60 * "abc".index(name)).astype(np.uint8)
-        image = ops.Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey)
-        image = image.convert("RGB").quantize() if mode == "P" else image
-        image = image.convert(mode) if mode in ("RGBA", "CMYK") else image
-        image.save(tmp_path / "images" / part / name / f"{i}.{ending}")
-    assert run_script(evaluate, "--arch", "random:1", "--dataset", f"folder:{tmp_path}/images",
-                      *SMALL[2:], "--image-size", 12, "--batch-size", 6, "--epochs", 2, "--out",
-                      tmp_path / "e") == 0
-    network, classes, transform = evaluate.load(tmp_path / "e")
-    files = sorted((tmp_path / "images" / "test").glob("*/*"))
-    wrong = [classes[network(transform(ops.Image.open(file))[None])[0].argmax()] != file.parent.name
-             for file in files]
-    result = json.loads((tmp_path / "e" / "result.json").read_text())
-    assert 100 * sum(wrong) / len(files) == pytest.approx(result["test_error"], abs=1e-3)
-
-
 def imagenet_folder(root, n=12):
     return write_folder(root, sizes=(70, 84, 66), classes=("cat", "dog", "eel"), n=n,
                         parts=("train", "val"))
@@ -2004,9 +1956,7 @@ def test_images_from_files_do_not_hang_on_the_workers(tmp_path, started):
 
 BAD = [
     (lpt, ["--dataset", "mnist"]), (lpt, ["--dataset", "synthetic:1"]), (lpt, ["--base", "enas"]),
-    (lpt, ["--order", 3]), (lpt, ["--encoder", "vgg"]), (lpt, ["--epochs", 0]),
-    (lpt, ["--gamma", "inf"]), (lpt, ["--layers", 2]), (lpt, ["--nonsense"]),
-    (lpt, [*TINY, "--batch-size", 5000]),
+    (lpt, ["--layers", 2]), (lpt, ["--nonsense"]), (lpt, [*TINY, "--batch-size", 5000]),
     (lpt, ["--dataset", "folder", "--data", "nowhere"]),
     (lpt, ["--dataset", "imagenet", "--data", "nowhere"]),
     (lpt, ["--dataset", "cifar100"]), (lpt, ["--dataset", "folder:~no-such-user/images"]),
@@ -2021,7 +1971,6 @@ BAD = [
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed"]),
     (il, ["--tasks", "folder:corrupt/train", "synthetic:3"]),
     (il, ["--tasks", "folder:untested", "synthetic:3"]),
-    (lease, ["--weighting", "unsigned"]), (lease, ["--audience", "vgg"]),
     (lease, ["--dataset", "folder:nowhere"]), (lease, [*TINY, "--delta-scale", 0]),
     (evaluate, []), (evaluate, ["--arch", "NOPE"]), (evaluate, ["--arch", "random:x"]),
     (evaluate, ["--arch", "random:" + "9" * 5000]), (evaluate, ["--arch", "~no-such-user/x.json"]),
@@ -2140,37 +2089,13 @@ def readme_commands():
                if line and re.fullmatch(r"\w+\.py", line[0]) and line[0] != Path(__file__).name]
 
 
-@pytest.mark.parametrize("block", slow_but({0}, [block for block in readme_commands() if block]),
+@pytest.mark.parametrize("block", [block for block in readme_commands() if block],
                          ids=lambda block: " ".join(block[0])[:40])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_the_commands_of_the_readme(block, tmp_path, monkeypatch, capsys):
-    """They run as printed, on small images and with small defaults."""
-    for kind, n in (("CIFAR10", 8), ("CIFAR100", 40)):
-        write_cifar(tmp_path / "data", monkeypatch, kind, n)
-    for name in ("DIR", "DIR10", "DIR100"):
-        write_folder(tmp_path / name, sizes=(16,), n=52)
-    parse, split = ops.parse, ops.split_rows
-
-    def small(parser, argv, method, recipe):
-        def tiny(chosen):
-            found = recipe(chosen)
-            layers = [3] * len(found["layers"]) if method != "evaluate" else 3
-            imagenet = ops.task_names(chosen) == ["imagenet"]
-            return found | ({"image_size": 32} if imagenet else {}) | dict(
-                layers=layers, channels=8 if found.get("partial", 1) > 1 else 2, epochs=1,
-                warm_up=0, batch_size=2 if imagenet else 15, workers=0)
-        return parse(parser, argv, method, tiny)
-
-    monkeypatch.setattr(ops, "parse", small)
-    monkeypatch.setattr(ops, "split_rows", lambda labels, seed, hold_out=0, subsets=None: split(
-        labels, seed, hold_out // 500, subsets))
-    monkeypatch.chdir(tmp_path)
+def test_the_commands_of_the_readme(block):
+    """Their scripts take these arguments; .ci/run runs the first of them."""
     for script, *argv in block:
-        module = importlib.import_module(script[:-3])
-        if module is genotypes:
-            module.main(argv)
-        else:
-            assert run_script(module, *argv) == 0, (script, argv, capsys.readouterr().err)
+        if script != "genotypes.py":
+            importlib.import_module(script[:-3]).get_args(argv)
 
 
 @slow
@@ -2363,76 +2288,39 @@ def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch
     assert not same(*weights)
 
 
-def test_the_same_command_starts_and_goes_on(tmp_path, monkeypatch):
-    """The same command again and again, as a scheduler has it; the first is killed before its first
-    checkpoint."""
-    argv = [*TINY, *FIRST, "--epochs", 2, "--resume"]
-    assert run_script(lpt, *argv, "--out", tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(ops, "write_checkpoint", unittest.mock.Mock(side_effect=KeyboardInterrupt))
-        assert run_script(lpt, *argv, "--out", tmp_path / "cut") == 130
-    interrupted(lpt, argv, tmp_path / "cut", monkeypatch, [2])
-    assert run_script(lpt, *argv, "--out", tmp_path / "cut") == 0
-    assert same(finals(tmp_path / "cut"), finals(tmp_path / "whole"))
-
-
 KILLED = {"lpt": [*FIRST, "--epochs", 2], "lease": ["--epochs", 2],
           "il": ["--tasks", "synthetic:3", "--rounds", 2, *PRUNED],
           "evaluate": ["--drop-path", 0.5, "--epochs", 3]}
 
 
-def child(job, *argv):
-    """Fork a process that runs a script; of use where torch has started no threads yet."""
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            with open(os.devnull, "w") as nothing:
-                os.dup2(nothing.fileno(), 1), os.dup2(nothing.fileno(), 2)
-            code = run_script(RUNS[job][0], *argv)
-        except KeyboardInterrupt:                                  # before or after ops.run
-            code = 130
-        finally:
-            os._exit(code)
-    return pid
-
-
-def wait(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def kills(job, folder, count):
-    """`count` kills of runs of a script at random times, half of them SIGKILL, a quarter SIGTERM
-    and SIGINT; every run is begun again until it ends, and must end as one that nobody disturbed.
-    """
+    """Kill runs of a script `count` times at random times; each is begun again until it ends, and
+    must end as one that nobody disturbed. Of use where torch has started no threads yet."""
     make_small()
-    rng = random.Random(count)
-    argv = [*RUNS[job][1], *KILLED[job], "--checkpoint-minutes", 0]
-    begin = time.time()
-    assert wait(child(job, *argv, "--out", folder / "whole")) == 0
-    seconds, whole, done, slowest, n = time.time() - begin, finals(folder / "whole"), 0, 0.0, 0
-    while done < count:
-        n, code = n + 1, None
-        cut = folder / f"cut{n}"
-        while code != 0:
-            pid = child(job, *argv, "--resume", "--out", cut)
-            number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            if done < count:
-                time.sleep(rng.uniform(0.05, 0.6 * seconds))
-                begin, ended = time.time(), os.waitpid(pid, os.WNOHANG)
-                if ended[0]:
-                    code = os.waitstatus_to_exitcode(ended[1])
-                    assert code == 0, code
-                    continue
-                os.kill(pid, number)
-                done += 1
-            code = wait(pid)
-            if code:
-                slowest = max(slowest, time.time() - begin)
-                assert code == (130 if number == signal.SIGINT else -number), code
-        assert same(finals(cut), whole), cut
-        shutil.rmtree(cut)
-    return {"job": job, "kills": done, "runs": n, "slowest stop": round(slowest, 2)}
+    argv, rng = [*RUNS[job][1], *KILLED[job], "--checkpoint-minutes", 0], random.Random(count)
+
+    def begun(*more):
+        process = multiprocessing.get_context("fork").Process(
+            target=lambda: sys.exit(run_script(RUNS[job][0], *argv, *more)))
+        process.start()
+        return process
+
+    begin, process = time.time(), begun("--out", folder / "whole")
+    process.join()
+    seconds, whole, done, code = time.time() - begin, finals(folder / "whole"), 0, None
+    while done < count or code:
+        process = begun("--resume", "--out", folder / "cut")
+        if done < count:
+            time.sleep(rng.uniform(0.05, 0.6 * seconds))
+            process.kill()
+        process.join()
+        code = process.exitcode
+        assert code in (0, -signal.SIGKILL)
+        done += code == -signal.SIGKILL
+        if code == 0:
+            assert same(finals(folder / "cut"), whole)
+            shutil.rmtree(folder / "cut")
+    return {"job": job, "kills": done}
 
 
 def killed(count, *jobs):
@@ -2440,11 +2328,9 @@ def killed(count, *jobs):
     started = [subprocess.Popen([sys.executable, __file__, "kills", job, str(count)], text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE) for job in jobs]
-    for job, (code, out, error) in zip(jobs, finish(started, 60 + 20 * count)):
+    for code, out, error in finish(started, 60 + 20 * count):
         assert code == 0, error
-        found = json.loads(out)
-        assert found["job"] == job and found["kills"] == count and found["slowest stop"] < 10
-        yield found
+        yield json.loads(out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("count,jobs", slow_but({0}, [
@@ -2596,19 +2482,6 @@ def test_what_fails_before_anything_is_written_is_one_line(argv, env, word, tmp_
                           capture_output=True, env={**os.environ, **env, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 2 and word in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    def fail(*args):
-        if (tmp_path / "run" / "log.jsonl").exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*args)
-
-    real = os.replace
-    monkeypatch.setattr(os, "replace", fail)
-    assert run_script(lpt, *TINY, "--epochs", 3, "--out", tmp_path / "run") == 1
-    assert "No space left" in one_line(capsys)
-    assert ops.read_checkpoint(tmp_path / "run")["run"]["step"] == 0
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -2907,16 +2780,6 @@ def test_graphs_are_refused_by_name(monkeypatch):
         ops.refuse_graphs(lease.get_args(["--graphs"])[0], gpu)
     with pytest.raises(ops.BadInput, match="needs a CUDA GPU"):
         ops.start(arguments(graphs=True))
-
-
-def auc(low, high):
-    """How often one of `high` is above one of `low`, equal ones counting half."""
-    gap = high[:, None] - low
-    return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
-
-
-def test_auc_by_hand():
-    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0, 3.0, 4.0])) == 5.5 / 8
 
 
 if __name__ == "__main__":              # a process that a test has started

@@ -407,6 +407,12 @@ REDUCED = ["--image-size", "16", "--layers", "3", "--channels", "4", "--batch-si
 MOVES = 4.5e-3, 0.09        # Adam's first step along 2 x 14 x 8 alphas, at rates 3e-4 and 6e-3
 
 
+def auc(low, high):
+    """Return how often one of `high` is above one of `low`, equal ones counting half."""
+    gap = high[:, None] - low
+    return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
+
+
 def figures_of(m, batches, args):
     """Return what a method's mechanism does, as numbers. LPT: R over the bank's mean loss (above 1:
     the test is harder), the mean of f, the created test's share |gamma grad| / |grad| of stage II's
@@ -557,7 +563,7 @@ def study_mechanisms(tasks, seeds, epochs=2):
         def seeing(data, rows, seen):
             if made_up:
                 right = data.labels == tests.synthetic_truth(len(data.classes), 16)
-                areas.append(statistics.mean(tests.auc(s[~r], s[r]) for s, r in (
+                areas.append(statistics.mean(auc(s[~r], s[r]) for s, r in (
                     [(seen, right[rows])] if module is lpt else
                     zip(seen.abs().mean(1), torch.from_numpy(masks[0][rows, 0])))))
             return drawn[module](data, rows, seen)
