@@ -217,15 +217,14 @@ class SeparableConv(nn.Module):
 
     def __init__(self, C, kernel, stride=1, dilation=1, edges=1, affine=False):
         super().__init__()
-        wide, self.dilation = edges * C, dilation
-        self.depthwise = nn.Conv2d(wide, wide, kernel, stride, kernel // 2, groups=wide, bias=False)
+        wide = edges * C
+        self.depthwise = nn.Conv2d(wide, wide, kernel, stride, dilation * (kernel // 2), dilation,
+                                   groups=wide, bias=False)
         self.pointwise = nn.Conv2d(wide, wide, 1, groups=edges, bias=False)
         self.norm = BatchNorm(wide, affine=affine)
 
-    def forward(self, x, weight=None, dilation=None):
-        d, dilation = self.depthwise, dilation or self.dilation
-        x = F.conv2d(x, d.weight, None, d.stride, dilation * d.padding[0], dilation, d.groups)
-        return self.norm(self.pointwise(x), weight)
+    def forward(self, x, weight=None):
+        return self.norm(self.pointwise(self.depthwise(x)), weight)
 
 
 class FactorizedReduce(nn.Module):
@@ -311,7 +310,7 @@ class MixedEdges(nn.Module):
                 self.ops[name] = nn.ModuleList([SeparableConv(c, int(k), stride, edges=n),
                                                 SeparableConv(c, int(k), edges=n)])
             elif name.startswith("dil_conv"):
-                self.ops[name] = SeparableConv(c, int(k), edges=n)
+                self.ops[name] = SeparableConv(c, int(k), stride, 2, edges=n)
             elif name.endswith("pool_3x3"):
                 self.ops[name] = BatchNorm(c, affine=False)
             elif stride == 2:
@@ -326,42 +325,36 @@ class MixedEdges(nn.Module):
             x, bypass = x.split([C, x.shape[1] - C], 1)
         r, column, per_channel = F.relu(x), p.unbind(1), p.t().repeat_interleave(C, 1)
         copies = functools.cache(lambda x, n: torch.cat([x] * n, 1))     # two operations share one
-        by_phase = stride == 1 and channels_last(x) and x.shape[2] % 2 == x.shape[3] % 2 == 0
-        dilation = 2 if stride == 1 and not by_phase else 1       # at stride 2 it sees one phase
-        r_dilated = phases(r) if by_phase else r[:, :, ::stride, ::stride]
         direct = torch.full_like(column[0], self.knobs.auxiliary)        # the weight of x itself
         ops = dict(self.ops.items())                              # a skip of stride 1 has none
 
-        separable, dilated, skips, maps = [], [], [], []
+        terms, maps = [], []
         for name, edges in self.kept.items():
             i, n, op = PRIMITIVES.index(name), len(edges), ops.get(name)
             weight = self.on_kept(per_channel[i], edges)
             if name.startswith("sep_conv"):
                 once = F.relu_(op[0](copies(r, n)))
-                separable.append(self.on_all(op[1](once, weight), edges))
+                terms.append(self.on_all(op[1](once, weight), edges))
             elif name.startswith("dil_conv"):
-                dilated.append(self.on_all(op(copies(r_dilated, n), weight, dilation), edges))
+                terms.append(self.on_all(op(copies(r, n), weight), edges))
             elif name == "max_pool_3x3":
                 maps.append((column[i], op(F.max_pool2d(x, 3, stride, 1))))
             elif name == "avg_pool_3x3":
                 maps.append((column[i], op(F.avg_pool2d(x, 3, stride, 1, False, False))))
             elif stride == 2:
-                skips.append(self.on_all(op(r, weight), edges))
+                terms.append(self.on_all(op(r, weight), edges))
             elif self.knobs.skip_dropout and self.training:       # P-DARTS §3.3: a mask per edge
                 rate, many = self.knobs.skip_dropout, torch.cat([x] * n, 1)
                 stay = torch.empty_like(many).bernoulli_(1 - rate, generator=self.knobs.generator)
                 scale = weight.view(1, -1, 1, 1) / (1 - rate)
-                skips.append(self.on_all(many * stay * scale, edges))
+                terms.append(self.on_all(many * stay * scale, edges))
             else:
                 direct = direct + column[i]
-        if dilated:
-            separable.append(merge_phases(sum(dilated)) if by_phase else sum(dilated))
         if self.auxiliary is not None:
-            skips.append(self.auxiliary(r, direct.repeat_interleave(C)))
+            terms.append(self.auxiliary(r, direct.repeat_interleave(C)))
         elif stride == 1:
             maps.append((direct, x))
-        terms = [*separable, *skips, *([weighted_sums(maps)] if maps else [])]
-        out = functools.reduce(Tensor.add_, terms)
+        out = functools.reduce(Tensor.add_, [*terms, *([weighted_sums(maps)] if maps else [])])
         return out if bypass is None else self.shuffled(out, bypass, q)
 
     def on_kept(self, row, edges):
@@ -407,18 +400,6 @@ def weighted_sums(maps):
     sums = (weights @ stored.flatten(1)).unflatten(1, stored.shape[1:])           # (edges, ...)
     at = 3 if channels_last(sums) else 1
     return as_used(sums.movedim(0, at).flatten(at, at + 1))
-
-
-def phases(x):
-    """Return the four stride-2 phases of x along the batch, (4N, C, H/2, W/2). A convolution of
-    dilation 2 is a plain one on each phase, whose gradients take far less time on a CPU."""
-    return torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
-
-
-def merge_phases(x):
-    """Undo phases, of maps in channels_last."""
-    x = as_stored(x).unflatten(0, (2, 2, -1))                     # (2, 2, N, H/2, W/2, C)
-    return as_used(x.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2))
 
 
 class SearchCell(nn.Module):
