@@ -630,17 +630,17 @@ def search_arguments(parser):
     add("--subsets", type=number(float, 0, 1), nargs=2,
         help="shares of every class that train weights and A; halves unless given, on ImageNet "
              "0.1 0.025 (PC-DARTS §4.3)")
-    run_arguments(parser, 10, "compute in bfloat16: bf16 in the passes that train weights, "
-                  "bf16-all in A's as well", ("off", "bf16", "bf16-all"))
+    add("--amp", choices=("off", "bf16", "bf16-all"), default="off",
+        help="compute in bfloat16: bf16 in the passes that train weights, bf16-all in A's as well")
+    run_arguments(parser, log_every=10)
 
 
-def run_arguments(parser, log_every: int, amp: str, levels: tuple):
+def run_arguments(parser, log_every: int):
     add = parser.add_argument_group("the run").add_argument
     add("--seed", type=number(int, 0), default=1,
         help="random seed; the papers run LPT and LeaSE with ten")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="device to compute on")
-    add("--amp", choices=levels, default="off", help=amp)
     add("--tf32", action=flag, default=False, help="let NVIDIA's matrix units round to TF32")
     add("--graphs", action=flag, default=False,
         help="replay each pass of a step as a CUDA graph: the same results, faster where launching "
@@ -744,9 +744,6 @@ def run_name(method: str, args) -> str:
 def start(args) -> torch.device:
     """Return the device to compute on. Under torchrun join the other processes, of which rank 0
     alone prints and writes. Raises BadInput."""
-    if not args.resume and (args.out / "checkpoint.pt").exists():
-        raise BadInput(f"there is a run in {args.out}: --resume goes on with it; a new one needs "
-                       "another --out")
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     name = [*here, "cpu"][0] if args.device == "auto" else args.device
     if name not in (*here, "cpu"):
@@ -854,6 +851,9 @@ class Run:
                     raise BadInput(f"--resume: the run in {args.out} has another {name}")
             self.state = checkpoint["run"]
         self.lock = None if rank() else claim(args.out)
+        if self.lock and not checkpoint and (args.out / "checkpoint.pt").exists():
+            raise BadInput(f"there is a run in {args.out}: --resume goes on with it; a new one "
+                           "needs another --out")
 
     def load(self, parts: dict):
         """Take the learners and optimizers of a stage; a checkpoint's states go into them."""

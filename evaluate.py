@@ -196,7 +196,8 @@ def get_args(argv=None):
     add("--drop-path", type=ops.number(float, 0, 0.99), default=0.2,
         help="rate of drop-path at the end of a linear rise; 0.3 for cells of P-DARTS and "
              "PC-DARTS")
-    ops.run_arguments(parser, 50, "compute in bfloat16", ("off", "bf16"))
+    add("--amp", choices=("off", "bf16"), default="off", help="compute in bfloat16")
+    ops.run_arguments(parser, log_every=50)
     args, checkpoint = ops.parse(parser, argv, "evaluate", recipe)
     if not args.arch and not args.summary:
         raise ops.BadInput("--arch: name a cell to evaluate")

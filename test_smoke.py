@@ -1488,11 +1488,9 @@ def test_a_trained_network_in_ones_own_code(tmp_path, monkeypatch, capsys):
     assert logits.shape == (1, 3) and not network.training
     pil = torchvision.transforms.functional.to_pil_image(test.images[-1])
     assert torch.equal(network(transform(pil)[None])[0], logits)
-    before = Path("runs/network/checkpoint.pt").read_bytes()
     assert run_script(evaluate, "--resume", "--device", "cpu", "--out", "runs/network") == 0
     assert "tested again" in capsys.readouterr().out              # of a run that has ended
     assert json.loads(Path("runs/network/result.json").read_text()) == result
-    assert Path("runs/network/checkpoint.pt").read_bytes() == before
     assert run_script(lpt, *TINY, "--epochs", 1, "--out", "runs/search") == 0
     interrupted(evaluate, [*TINY, "--arch", "random:1", "--epochs", 2, "--checkpoint-minutes", 0],
                 Path("runs/half"), monkeypatch, [7])
@@ -1917,7 +1915,7 @@ def started(monkeypatch):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_images_from_files_do_not_hang_on_the_workers(tmp_path, started):
     root = imagenet_folder(tmp_path)
-    sets = [images("imagenet", root, 64, workers=n) for n in (0, 2, 8)]
+    sets = [images("imagenet", root, 64, workers=n) for n in (0, 2)]
     rows = np.arange(36)
     streams = [ops.Stream(data, rows, 8, 1, "train") for data in sets]
     torch.manual_seed(0)
@@ -1929,9 +1927,6 @@ def test_images_from_files_do_not_hang_on_the_workers(tmp_path, started):
             assert all(torch.equal(a, b) for a, b in zip(got[0], other))
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(streams[0](0)[0], streams[0](5)[0])
-    tests = [list(ops.batches(data, rows, 8)) for data in sets]
-    assert [len(x) for x, _ in tests[0]] == [8, 8, 8, 8, 4]
-    assert all(torch.equal(x, u) for (x, _), (u, _) in zip(tests[0], tests[2]))
     image = ops.Image.open(root / "train" / "cat" / "0.png")       # 70 x 72: 73 x 75, 64 of it
     image = ops.v2.functional.center_crop(ops.v2.functional.resize(image, [73]), [64])
     assert torch.equal(sets[0].pixels(torch.tensor([0]))[0], ops.v2.functional.pil_to_tensor(image))
@@ -1996,7 +1991,8 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "held").mkdir()
-    (tmp_path / "held" / "checkpoint.pt").touch()                  # another run's
+    for name in (".lock", "checkpoint.pt"):                        # another run's
+        (tmp_path / "held" / name).touch()
     before = tree(tmp_path)
     assert run_script(module, *argv) == 2
     error = capsys.readouterr().err                                # argparse names the script first
@@ -2008,20 +2004,14 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("module", [lpt, il, lease, evaluate], ids=lambda m: m.__name__)
-def test_every_number_is_checked(module, tmp_path, monkeypatch, capsys):
-    """Each flag that takes a number, with what is none or out of range; where there are no runs."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        module.main(["--help"])
-    page, tried = capsys.readouterr().out, 0
-    words = {"--dataset", "--data", "--out", "--arch", "--tasks"}
-    for name in sorted(set(re.findall(r"^  (--[a-z0-9-]+) [A-Z{]", page, re.M)) - words):
-        for value in ("-1", "nan", "x", ""):
-            assert run_script(module, name, value) == 2, (name, value)
-            assert name in (error := capsys.readouterr().err) and error.count("\n") == 1
-            tried += 1
-    assert tried >= 60
+def test_numbers_are_checked():
+    for kind, low, high, good, wrong in ((int, 1, math.inf, "7", ("0", "-1", "x", "", "1.5")),
+                                         (float, 0, 1, "0.5", ("-1", "1.1", "nan", "inf", ""))):
+        parse = ops.number(kind, low, high)
+        assert parse(good) == kind(good)
+        for text in wrong:
+            with pytest.raises(ValueError):
+                parse(text)
 
 
 BROKEN = {                              # an image among good ones, or the folder train/
@@ -2768,15 +2758,9 @@ def test_graphs_are_refused_by_name(monkeypatch):
             (lpt, [], cpu, "needs a CUDA GPU"), (lpt, ["--base", "pdarts"], gpu, "base pdarts"),
             (il, ["--gradient", "exact"], gpu, "--gradient exact"),
             (evaluate, ["--arch", "LPT_PDARTS"], gpu, "exactly one visible GPU")):
-        args, _ = module.get_args([*argv, "--graphs"])
         with pytest.raises(ops.BadInput, match=f"--graphs: .*{why}"):
-            ops.refuse_graphs(args, device)
+            ops.refuse_graphs(module.get_args([*argv, "--graphs"])[0], device)
     ops.refuse_graphs(lease.get_args(["--graphs", "--base", "pcdarts"])[0], gpu)
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ops.BadInput, match="one process"):
-        ops.refuse_graphs(lease.get_args(["--graphs"])[0], gpu)
-    with pytest.raises(ops.BadInput, match="needs a CUDA GPU"):
-        ops.start(arguments(graphs=True))
 
 
 if __name__ == "__main__":              # a process that a test has started
