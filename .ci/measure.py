@@ -6,7 +6,6 @@
 
 import argparse
 import contextlib
-import copy
 import importlib
 import itertools
 import json
@@ -19,8 +18,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -400,198 +397,6 @@ def check(device, only=""):
             print(f"{sum(pool.map(passes, todo))} of {len(todo)} passed")
 
 
-# ------------------------------------------------------------------------------------ the studies
-
-REDUCED = ["--image-size", "16", "--layers", "3", "--channels", "4", "--batch-size", "50",
-           "--alpha-lr", "6e-3", "--device", "cpu"]
-MOVES = 4.5e-3, 0.09        # Adam's first step along 2 x 14 x 8 alphas, at rates 3e-4 and 6e-3
-
-
-def auc(low, high):
-    """Return how often one of `high` is above one of `low`, equal ones counting half."""
-    gap = high[:, None] - low
-    return ((gap > 0).double() + (gap == 0).double() / 2).mean().item()
-
-
-def figures_of(m, batches, args):
-    """Return what a method's mechanism does, as numbers. LPT: R over the bank's mean loss (above 1:
-    the test is harder), the mean of f, the created test's share |gamma grad| / |grad| of stage II's
-    gradient. IL: the mean of |W_l - W_(l-1)| / |W_l| over neighbours; each task's share |M - M_k| /
-    |M - M_0| in how the encoders move: M is where one update_weights takes those of all stages, M_k
-    the same with zeros for task k's gradients, M_0 with zeros for all, where momentum, weight decay
-    and pull act alone."""
-    if isinstance(m, lpt.Learners):
-        train, bank, val = batches
-        _, R, f = lpt.validation_objective(m, m.w, m.ex, bank, val, args)
-        loss = lpt.testee_loss(ops.at_weights(m.testee, m.w), m.alphas, bank)
-        part, whole = (vector(ops.grad(lpt.tester_loss(            # of Eq. 26 and of Eq. 7
-            ops.at_weights(m.tester, m.ex), m.creator, train, bank, argparse.Namespace(
-                **vars(args) | {"ablation": which})), m.ex)).norm() for which in (2, 0))
-        return {"R / mean loss": (R / loss).item(), "f": f.mean().item(),
-                "share of stage II": (part / whole).item()}
-    if isinstance(m, lease.Learners):
-        return {}
-    grads, encoders = stage_gradients(copy.deepcopy(m), batches), lambda m: [
-        vector(il.split(stage.weights)[0]) for stage in m.stages]
-
-    def moved(*blocked):
-        there = copy.deepcopy(m)
-        il.update_weights(there, [[g * (stage.task not in blocked) for g in each]
-                                  for stage, each in zip(m.stages, grads)], args)
-        return torch.cat(encoders(there))
-
-    free, held, tasks = moved(), moved(*range(len(batches[1]))), range(len(batches[1]))
-    return {f"share of task {k + 1}": ((free - moved(k)).norm() / (free - held).norm()).item()
-            for k in tasks} | {"distance": statistics.mean(
-                ((b - a).norm() / b.norm()).item() for a, b in itertools.pairwise(encoders(m)))}
-
-
-def reduced_search(module, argv, look=nothing, *patches):
-    """Run a search at REDUCED with attributes replaced, its words kept out of a table. Calls
-    look(m, batches, args) before each step; returns figures_of and the log's after each epoch."""
-    step, end_epoch, last, found = getattr(module, ALGORITHM[module]), ops.end_epoch, [], []
-
-    def watched(*given):
-        last[:] = given[:3]
-        look(*last)
-        return step(*given)
-
-    def ending(run, alphas, **figures):
-        found.append(figures_of(*last) | figures)
-        end_epoch(run, alphas, **figures)
-
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        for each in ((module, ALGORITHM[module], watched), (ops, "end_epoch", ending),
-                     ("builtins.print", nothing), *patches):
-            patch.setattr(*each)
-        module.main([*REDUCED, *map(str, argv), "--out", folder])
-    return found
-
-
-def worth(value, alphas, gradients, count, seed):
-    """Yield (row, column, number): how well gradients, by column, predict what value() returns as A
-    moves; R2: in `count` random directions; rounding: by 1e-5, where nothing should change."""
-    start, base = vector(alphas), value()
-
-    def change(move):
-        nn.utils.vector_to_parameters(start + move, alphas)
-        return value() - base
-
-    directions = F.normalize(torch.randn(count, len(start),
-                                         generator=torch.Generator().manual_seed(seed)))
-    yield "rounding", "exact", max(abs(change(1e-5 * d)) for d in directions[:3])
-    for length in MOVES:
-        true = torch.tensor([change(length * d) for d in directions])
-        for column, g in gradients.items():
-            missed = (true - length * directions @ g).square().mean() / true.var(correction=0)
-            yield f"R2, moves of {length:g}", column, 1 - missed.item()
-            yield f"promised by a move of {length:g}", column, -length * g.norm().item()
-            yield f"true by {length:g}", column, change(-length * F.normalize(g, dim=0))
-    nn.utils.vector_to_parameters(start, alphas)
-
-
-def ways(module, m, batches, args):
-    """Return a method's objective as a function of A as it is; A's gradient by several ways; rows
-    as worth's, of LeaSE: the audience's part (what gamma adds) over the explainer's, in length."""
-    columns = {"order 1": {"order": 1}, "exact": {"gradient": "exact"}} | (
-        {f"of delta {radius:g}": {"delta_radius": radius} for radius in (0.01, 1, 10)}
-        if module is lease else {f"{radius:g}": {"radius": radius} for radius in (0.01, 0.1, 1)})
-
-    def value():
-        J = module.objective(m, batches, args)
-        return (J[0] if module is lpt else J).item()
-
-    def gradients(**more):
-        return {name: outer_gradient(module, m, batches, args, **changes, **more)[0]
-                for name, changes in columns.items()}
-
-    whole, own = gradients(), gradients(gamma=0.0) if module is lease else {}
-    return value, whole, [("the audience's share", name, ((whole[name] - g).norm() / g.norm()
-                                                          ).item()) for name, g in own.items()]
-
-
-def study_worth(tasks, count=12, number=5, *moments):
-    """Print what gradients of A are worth to a search: R2 of the change that they predict where A
-    moves in random directions, and its fall along minus themselves; mean and deviation over
-    `number` consecutive steps, from each of the moments of a reduced search on."""
-    moments = moments or (0, 50, 200)
-    for name, module, argv in (
-            ("LPT", lpt, ["--dataset", tasks[0]]), ("IL", il, ["--tasks", *tasks]),
-            ("LeaSE", lease, ["--dataset", tasks[0], "--warm-up", 0])):
-        found, steps = {}, itertools.count()
-
-        def look(*given):
-            now = next(steps)
-            if now == moments[-1] + number:
-                raise StopIteration
-            for when in (w for w in moments if w <= now < w + number):
-                given = copy.deepcopy(given)
-                value, gradients, more = ways(module, *given)
-                rows = found.setdefault(f"{name} after {when} steps", {})
-                for row, column, figure in (
-                        *worth(value, given[0].alphas, gradients, count, now), *more):
-                    rows.setdefault(row, {}).setdefault(column, []).append(figure)
-
-        with contextlib.suppress(StopIteration):
-            reduced_search(module, [*argv, "--epochs", 20], look)
-        for title, rows in found.items():
-            columns = max(rows.values(), key=len)
-            table_row(title, *columns, head=True)
-            for row, cells in rows.items():
-                table_row(row, *(spread(cells[c]) if c in cells else "" for c in columns))
-
-
-def study_mechanisms(tasks, seeds, epochs=2):
-    """Print what each method does after each epoch of reduced searches of order 1: figures_of, the
-    accuracies; on synthetic images the AUC of LPT's f on right over wrong labels and of LeaSE's
-    |delta'| inside over outside the object. Mean and deviation over seeds."""
-    made_up, where, drawn = tasks[0].startswith("synthetic"), np.where, {
-        lpt: lpt.tests, lease: lease.explanations}
-    table_row("after epoch", *range(1, epochs + 1), head=True)
-    for name, module, argv in (
-            ("LPT", lpt, "--dataset {0}"), ("IL", il, "--tasks {0} {1}"),
-            ("LPT, normalized", lpt, "--dataset {0} --created-test normalized"),
-            ("JL", il, "--tasks {0} {1} --joint"), ("LeaSE", lease, "--dataset {0}"),
-            ("LeaSE, gamma 0", lease, "--dataset {0} --gamma 0"),
-            ("LeaSE, magnitude", lease, "--dataset {0} --weighting magnitude")):
-        masks, areas, found = [], [], []
-
-        def seeing_masks(condition, *args):
-            masks.extend([condition] * (condition.ndim == 4))      # synthetic's objects
-            return where(condition, *args)
-
-        def seeing(data, rows, seen):
-            if made_up:
-                right = data.labels == tests.synthetic_truth(len(data.classes), 16)
-                areas.append(statistics.mean(auc(s[~r], s[r]) for s, r in (
-                    [(seen, right[rows])] if module is lpt else
-                    zip(seen.abs().mean(1), torch.from_numpy(masks[0][rows, 0])))))
-            return drawn[module](data, rows, seen)
-
-        argv = [*argv.format(*tasks).split(), *["--subsets", 0.2, 0.2] * (not made_up),
-                "--base", "darts-1st", "--warm-up", 0, "--epochs", epochs]
-        for seed in range(1, seeds + 1):
-            found += reduced_search(
-                module, [*argv, "--seed", seed], nothing, (np, "where", seeing_masks),
-                (lease, "explanations", seeing), (lpt, "tests", seeing))
-        figures = {key: [each[key] for each in found] for key in found[0]}
-        for key, values in (figures | ({"AUC": areas} if areas else {})).items():
-            table_row(f"{name}: {key}", *(spread(values[i::epochs]) for i in range(epochs)))
-
-
-def study_coupling(tasks, seeds, batch=20, epochs=1):
-    """Print what IL's lambda does in 50 steps of reduced searches of order 1, beside JL: figures_of
-    and the accuracies; mean and deviation over seeds. batch: of 1,000 synthetic images."""
-    batch = 50 if tasks[0].startswith("folder:") else batch
-    for setting in (*(f"--coupling {lam}" for lam in (0, 0.1, 1, 10, 100)), "--joint"):
-        argv = ["--tasks", *tasks, "--batch-size", batch, "--base", "darts-1st", "--epochs", epochs]
-        found = [figures for seed in range(1, seeds + 1) for figures in reduced_search(
-            il, [*argv, *setting.split(), "--seed", seed])]
-        if setting == "--coupling 0":
-            table_row("", *found[0], head=True)
-        table_row(setting, *(spread([each[key] for each in found]) for key in found[0]))
-
-
 def soak(count):
     """Kill each script `count` times, then damage checkpoints."""
     for jobs in (("lpt", "il"), ("lease", "evaluate")):
@@ -606,30 +411,21 @@ def soak(count):
 
 def main():
     parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
-    add, seeds = parser.add_argument, dict(metavar="SEEDS", type=int)
+    add = parser.add_argument
     add("--checks", nargs="?", const="", metavar="WORDS", help="run scripts (those) on a device")
     add("--bench", action="store_true", help="time, memory, calls and kernels of a step of each "
         "method, beside the per-edge supernet, the peers, and what the device's rates allow")
-    add("--worth", type=int, nargs="*", metavar="N", help="how well gradients of A predict the "
-        "objective and descend it: random directions, batches, steps before (12 5 0 50 200)")
-    add("--mechanisms", **seeds, help="LPT's test, IL's encoders, what LeaSE marks, in searches")
-    add("--il-coupling", **seeds, help="IL's mechanism for several lambda, beside JL")
     add("--soak", type=int, nargs="?", const=150, metavar="KILLS", help="kill runs, damage files")
     add("--device", type=torch.device, default="cpu", help="cpu or cuda, of --checks and --bench")
     add("--batch", type=int, help="of --bench; else 16, on a GPU 64 and of evaluate.py 96")
     add("--peers", type=Path, help="of --bench: the folder of checkouts darts and LPT-COVIDx")
-    add("--data", type=Path, nargs="+", default=[], help="of studies: folders of images; IL: two")
     add("--figures-of", help=argparse.SUPPRESS)                    # what bench starts
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in a run
     where = args.device, args.batch, args.peers
-    tasks = [f"folder:{each}" for each in args.data] or ["synthetic:10", "synthetic:5"]
     for chosen, measure, *given in (
             (args.figures_of, figures_here, args.figures_of, *where), (args.bench, bench, *where),
             (args.checks is not None, check, args.device, args.checks),
-            (args.worth is not None, study_worth, tasks, *(args.worth or [])),
-            (args.mechanisms, study_mechanisms, tasks, args.mechanisms),
-            (args.il_coupling, study_coupling, tasks, args.il_coupling),
             (args.soak, soak, args.soak)):
         if chosen:
             return measure(*given)
