@@ -1207,8 +1207,7 @@ class Stream:
     several processes each has its own part of the batch. Raises BadInput.
     """
 
-    def __init__(self, data, rows, batch_size: int, seed: int, name: str, cutout=0,
-                 flip=True):
+    def __init__(self, data, rows, batch_size: int, seed: int, name: str, flip=True, cutout=0):
         n = batch_size // world_size()
         if batch_size > len(rows):
             raise BadInput(f"--batch-size {batch_size}: there are {len(rows)} images to train on"

@@ -327,7 +327,7 @@ def train(args, checkpoint):
     data = ops.load_images(args.dataset, args, device)
     *halves, held = ops.split_rows(data.labels, args.seed, args.hold_out)
     rows = np.sort(np.concatenate(halves))
-    stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.cutout, args.flip)
+    stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.flip, args.cutout)
     test_data, test_rows = data, held
     if not args.hold_out:
         test_data = ops.load_images(args.dataset, args, device, data.classes)
