@@ -676,16 +676,6 @@ def search_recipe(chosen, own: dict) -> dict:
     return recipe
 
 
-def check_search(args):
-    """Raise BadInput where a search's arguments do not go together."""
-    if len(args.layers) != len(args.candidates):
-        raise BadInput(f"--layers: {args.base} has {len(args.candidates)} stages")
-    if args.channels % (2 * args.partial):
-        raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
-    if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
-        raise BadInput("--gradient exact: needs one process, and not --amp bf16-all")
-
-
 def parse(parser, argv, method: str, recipe):
     """Return the parsed arguments and, with --resume, the checkpoint to go on from, or None.
 
@@ -717,7 +707,12 @@ def parse_search(parser, argv, method: str, own):
     """Parse for a search. own(chosen): the method's defaults where they differ from the base's."""
     args, checkpoint = parse(parser, argv, method, lambda chosen: search_recipe(
         chosen, own(chosen)))
-    check_search(args)
+    if len(args.layers) != len(args.candidates):
+        raise BadInput(f"--layers: {args.base} has {len(args.candidates)} stages")
+    if args.channels % (2 * args.partial):
+        raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
+    if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
+        raise BadInput("--gradient exact: needs one process, and not --amp bf16-all")
     return args, checkpoint
 
 
@@ -799,14 +794,6 @@ def write(path: Path, content: str | bytes):
     os.replace(temporary, path)
 
 
-def write_checkpoint(folder: Path, content: dict):
-    """Replace checkpoint.pt, on rank 0."""
-    if not rank():
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write(folder / "checkpoint.pt", buffer.getvalue())
-
-
 def read_checkpoint(folder: Path) -> dict:
     """Return the checkpoint of a run folder. Its checksums are compared, and nothing but weights
     and plain values is read. Raises BadInput."""
@@ -867,10 +854,10 @@ class Run:
             self.save()
 
     def save(self):
-        """Write a checkpoint."""
-        write_checkpoint(self.args.out, {**self.about, **self.more, "run": self.state,
-                                         "parts": {name: part.state_dict() for name, part
-                                                   in self.parts.items()}})
+        """Write checkpoint.pt."""
+        content, parts = io.BytesIO(), {k: part.state_dict() for k, part in self.parts.items()}
+        torch.save({**self.about, **self.more, "run": self.state, "parts": parts}, content)
+        write(self.args.out / "checkpoint.pt", content.getvalue())
         self.saved = time.time()
 
     def epochs(self, epoch_steps: int):
@@ -1365,25 +1352,19 @@ def schedule(args, stage: int, epoch: int, nets, opts, other_opt=None, other_lr=
     return learns
 
 
-def architecture_report(alphas: list[Tensor]) -> dict:
-    """Return the mean entropy of softmax(alpha) in nats, and the number of skip connections in the
-    normal cell when it is decoded without a limit on them."""
-    p = F.softmax(torch.cat([a.detach().cpu() for a in alphas[:2]]), -1)
-    return {"alpha_entropy": torch.special.entr(p).sum(-1).mean().item(),
-            "skip_connections": sum(op == "skip_connect" for op, _ in decode(alphas).normal)}
-
-
 def end_epoch(run, alphas: list[Tensor], **figures: float):
     """Write what an epoch of a search leaves behind: its line in the log, the cell and drawings.
     Ends the search if its cell has too many skip connections (DARTS+)."""
-    args, report = run.args, architecture_report(alphas)
-    if 0 < args.stop_at_skips <= report["skip_connections"]:
-        run.state["stopped"] = f"the normal cell has {report['skip_connections']} skip connections"
-    cell = decode(alphas, args.max_skips)
-    mean_weights = {kind: F.softmax(alpha.detach(), -1).mean(0).tolist()          # over the edges
-                    for kind, alpha in zip(("normal", "reduce"), alphas)}
-    history = run.log_epoch(report | figures, {"mean_weights": mean_weights,
-                                               "genotype": cell._asdict()})
+    args, cell = run.args, decode(alphas, run.args.max_skips)
+    skips = sum(op == "skip_connect" for op, _ in decode(alphas).normal)
+    if 0 < args.stop_at_skips <= skips:
+        run.state["stopped"] = f"the normal cell has {skips} skip connections"
+    p = {kind: F.softmax(alpha.detach(), -1) for kind, alpha in zip(("normal", "reduce"), alphas)}
+    entropy = torch.special.entr(torch.cat([*p.values()]).cpu()).sum(-1).mean().item()      # nats
+    history = run.log_epoch(
+        {"alpha_entropy": entropy, "skip_connections": skips, **figures},
+        {"mean_weights": {kind: rows.mean(0).tolist() for kind, rows in p.items()},    # over edges
+         "genotype": cell._asdict()})
     title = f"{args.out.name}, epoch {len(history)}"
     write(args.out / "genotype.json", to_json(cell))
     write(args.out / "cells.svg", to_svg(cell, title))

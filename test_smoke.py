@@ -27,7 +27,6 @@ PC-DARTS Eq. 3                    test_decoding_with_edge_weights_by_hand
 
 import argparse
 import contextlib
-import copy
 import functools
 import gc
 import http.client
@@ -213,21 +212,18 @@ def flat(state):
     return [part for path in sorted(found) for part in (path, found[path])]
 
 
-def interrupted(module, argv, folder, monkeypatch, saves):
-    """A run that is stopped by Ctrl-C after its n-th checkpoint, n in saves; the content of the
-    checkpoints then."""
-    write, found = ops.write_checkpoint, []
+def interrupted(module, argv, folder, monkeypatch, n):
+    """A run that is stopped by Ctrl-C after its n-th checkpoint."""
+    save, done = ops.Run.save, itertools.count(1)
 
-    def interrupt(where, content):
-        write(where, content)
-        found.append(ops.read_checkpoint(where))
-        if len(found) == max(saves):
+    def interrupt(run):
+        save(run)
+        if next(done) == n:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ops, "write_checkpoint", interrupt)
-    assert run_script(module, *argv, "--out", folder) == 130
-    monkeypatch.setattr(ops, "write_checkpoint", write)
-    return [found[n - 1] for n in saves]
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.Run, "save", interrupt)
+        assert run_script(module, *argv, "--out", folder) == 130
 
 
 # -------------------------------------------------------------------------------- small problems
@@ -1493,7 +1489,7 @@ def test_a_trained_network_in_ones_own_code(tmp_path, monkeypatch, capsys):
     assert json.loads(Path("runs/network/result.json").read_text()) == result
     assert run_script(lpt, *TINY, "--epochs", 1, "--out", "runs/search") == 0
     interrupted(evaluate, [*TINY, "--arch", "random:1", "--epochs", 2, "--checkpoint-minutes", 0],
-                Path("runs/half"), monkeypatch, [7])
+                Path("runs/half"), monkeypatch, 7)
     for folder, word in (("runs/search", "a run of lpt.py"), ("runs/none", "there is no"),
                          ("runs/network/checkpoint.pt", "there is no"),
                          ("runs/half", "trained for 1 of 2 epochs")):
@@ -2188,10 +2184,9 @@ def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys)
 
 
 def test_epochs_without_architecture_leave_both_players_alone(tmp_path, monkeypatch):
-    states, write_checkpoint = [], ops.write_checkpoint
-    monkeypatch.setattr(ops, "write_checkpoint", lambda folder, content: (
-        states.append(copy.deepcopy(content["parts"])),
-        write_checkpoint(folder, content)))
+    states, save = [], ops.Run.save
+    monkeypatch.setattr(ops.Run, "save", lambda run: (save(run), states.append(
+        ops.read_checkpoint(run.args.out)["parts"])))
     assert search("lpt", *FIRST, "--warm-up", 1, "--epochs", 2, "--out", tmp_path / "run") == 0
     _, first, second = states                                      # the first is of the beginning
     alpha = [first["outer"]["0"], first["outer"]["2"]]
@@ -2263,7 +2258,7 @@ def test_resume_equals_an_uninterrupted_run(module, extra, tmp_path, monkeypatch
     argv = [*extra, "--epochs", epochs]
     assert run_script(module, *argv, "--out", whole) == 0
     capsys.readouterr()
-    interrupted(module, argv, cut, monkeypatch, [epochs])         # in the last epoch
+    interrupted(module, argv, cut, monkeypatch, epochs)         # in the last epoch
     assert "--resume goes on" in one_line(capsys)
     assert run_script(module, "--device", "cpu", "--out", cut, "--resume") == 0
     a, b = finals(whole), finals(cut)
@@ -2331,7 +2326,7 @@ def test_what_is_not_finite_is_not_saved(method, tmp_path, monkeypatch, capsys):
     """Each loss of the third step in turn is NaN."""
     module, argv = RUNS[method]
     argv = [*argv, "--checkpoint-minutes", 0, "--epochs", 2]
-    interrupted(module, argv, tmp_path, monkeypatch, (3,))         # after the second step
+    interrupted(module, argv, tmp_path, monkeypatch, 3)         # after the second step
     saved, real, left = (tmp_path / "checkpoint.pt").read_bytes(), F.cross_entropy, 0
 
     def poisoned(*args, **kw):
@@ -2397,7 +2392,7 @@ def test_no_pickle_is_executed(saved_run, tmp_path, capsys):
     """The whole file is a pickle, or one is in a good archive with a right checksum."""
     marker, path = tmp_path / "executed", saved_run / "checkpoint.pt"
     content = torch.load(path, weights_only=True)
-    ops.write_checkpoint(saved_run, {**content, "args": Malicious(os.system, (f"touch {marker}",))})
+    torch.save({**content, "args": Malicious(os.system, (f"touch {marker}",))}, path)
     for body in (pickle.dumps(Malicious(Path.touch, (marker,)), 2), path.read_bytes()):
         path.write_bytes(body)
         capsys.readouterr()
@@ -2445,7 +2440,7 @@ def test_the_saved_cell_is_gone_on_with(tmp_path, monkeypatch):
     cell, argv = tmp_path / "cell.json", [*TINY, "--epochs", 2, "--checkpoint-minutes", 0]
     cell.write_text(genotypes.to_json(genotypes.random_cell(1)))
     argv += ["--arch", cell, "--out", tmp_path / "e"]
-    interrupted(evaluate, argv, tmp_path / "e", monkeypatch, [2])
+    interrupted(evaluate, argv, tmp_path / "e", monkeypatch, 2)
     cell.unlink()
     assert run_script(evaluate, *argv, "--resume") == 0
     result = json.loads((tmp_path / "e" / "result.json").read_text())
@@ -2742,7 +2737,7 @@ def test_a_replayed_run_ends_with_an_eager_ones_bits(job, graphs, tmp_path, monk
     assert run_script(module, *argv, "--out", tmp_path / "eager") == 0
     assert run_script(module, *argv, "--graphs", "--out", tmp_path / "graphs") == 0
     assert [each.replays for each in graphs] == [3] * passes * 2
-    interrupted(module, [*argv, "--graphs"], tmp_path / "cut", monkeypatch, [3])
+    interrupted(module, [*argv, "--graphs"], tmp_path / "cut", monkeypatch, 3)
     assert run_script(module, "--resume", "--graphs", "--out", tmp_path / "cut") == 0
     eager, *others = (finals(tmp_path / name) for name in ("eager", "graphs", "cut"))
     for found in others:
