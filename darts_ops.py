@@ -310,9 +310,9 @@ class MixedEdges(nn.Module):
                 self.ops[name] = nn.ModuleList([SeparableConv(c, int(k), stride, edges=n),
                                                 SeparableConv(c, int(k), edges=n)])
             elif name.startswith("dil_conv"):
-                self.ops[name] = SeparableConv(c, int(k), stride, 2, edges=n)
+                self.ops[name] = SeparableConv(c, int(k), dilation=2 // stride, edges=n)
             elif name.endswith("pool_3x3"):
-                self.ops[name] = BatchNorm(c, affine=False)
+                self.ops[name] = BatchNorm(n * c, affine=False)
             elif stride == 2:
                 self.ops[name] = FactorizedReduce(c, c, n)
         self.auxiliary = FactorizedReduce(c, c, self.edges) if auxiliary and stride == 2 else None
@@ -323,12 +323,13 @@ class MixedEdges(nn.Module):
         C, bypass, stride = x.shape[1] // self.partial, None, self.stride
         if self.partial > 1:
             x, bypass = x.split([C, x.shape[1] - C], 1)
-        r, column, per_channel = F.relu(x), p.unbind(1), p.t().repeat_interleave(C, 1)
+        r, per_channel = F.relu(x), p.t().repeat_interleave(C, 1)
         copies = functools.cache(lambda x, n: torch.cat([x] * n, 1))     # two operations share one
-        direct = torch.full_like(column[0], self.knobs.auxiliary)        # the weight of x itself
+        direct = torch.full_like(per_channel[0], self.knobs.auxiliary)   # the weight of x itself
+        seen = r if stride == 1 else r[:, :, ::2, ::2]            # by dilation 2 at this stride
         ops = dict(self.ops.items())                              # a skip of stride 1 has none
 
-        terms, maps = [], []
+        terms = []
         for name, edges in self.kept.items():
             i, n, op = PRIMITIVES.index(name), len(edges), ops.get(name)
             weight = self.on_kept(per_channel[i], edges)
@@ -336,11 +337,13 @@ class MixedEdges(nn.Module):
                 once = F.relu_(op[0](copies(r, n)))
                 terms.append(self.on_all(op[1](once, weight), edges))
             elif name.startswith("dil_conv"):
-                terms.append(self.on_all(op(copies(r, n), weight), edges))
+                terms.append(self.on_all(op(copies(seen, n), weight), edges))
             elif name == "max_pool_3x3":
-                maps.append((column[i], op(F.max_pool2d(x, 3, stride, 1))))
+                pooled = F.max_pool2d(x, 3, stride, 1)
+                terms.append(self.on_all(op(copies(pooled, n), weight), edges))
             elif name == "avg_pool_3x3":
-                maps.append((column[i], op(F.avg_pool2d(x, 3, stride, 1, False, False))))
+                pooled = F.avg_pool2d(x, 3, stride, 1, False, False)
+                terms.append(self.on_all(op(copies(pooled, n), weight), edges))
             elif stride == 2:
                 terms.append(self.on_all(op(r, weight), edges))
             elif self.knobs.skip_dropout and self.training:       # P-DARTS §3.3: a mask per edge
@@ -349,12 +352,12 @@ class MixedEdges(nn.Module):
                 scale = weight.view(1, -1, 1, 1) / (1 - rate)
                 terms.append(self.on_all(many * stay * scale, edges))
             else:
-                direct = direct + column[i]
+                direct = direct + per_channel[i]
         if self.auxiliary is not None:
-            terms.append(self.auxiliary(r, direct.repeat_interleave(C)))
+            terms.append(self.auxiliary(r, direct))
         elif stride == 1:
-            maps.append((direct, x))
-        out = functools.reduce(Tensor.add_, [*terms, *([weighted_sums(maps)] if maps else [])])
+            terms.append(copies(x, self.edges) * direct.view(1, -1, 1, 1))
+        out = functools.reduce(Tensor.add_, terms)
         return out if bypass is None else self.shuffled(out, bypass, q)
 
     def on_kept(self, row, edges):
@@ -375,31 +378,10 @@ class MixedEdges(nn.Module):
         """Return out (N, edges * C, H, W) with the bypass beside each edge, channels shuffled."""
         if self.stride == 2:
             bypass = F.max_pool2d(bypass, 2, ceil_mode=True)
-        at = 3 if channels_last(out) else 1                       # where the channels are
-        out, bypass, q = as_stored(out), as_stored(bypass), q.view(-1, *[1] * (4 - at))
-        out = torch.cat([out.unflatten(at, (self.edges, -1)), q * bypass.unsqueeze(at)], at + 1)
-        out = out.unflatten(at + 1, (self.partial, -1)).transpose(at + 1, at + 2)
-        return as_used(out.flatten(at, at + 2))
-
-
-def as_stored(x):
-    """Return a map with its axes in the order in which its device stores them, as a view."""
-    return x.permute(0, 2, 3, 1) if channels_last(x) else x
-
-
-def as_used(x):
-    """Undo as_stored."""
-    return x.permute(0, 3, 1, 2) if channels_last(x) else x
-
-
-def weighted_sums(maps):
-    """Return one weighted sum of maps (N, C, H, W) per edge, side by side (N, edges * C, H, W), as
-    one matrix product. maps: a list of (weight per edge (edges,), map)."""
-    weights = torch.stack([w for w, _ in maps], 1)                # (edges, maps)
-    stored = torch.stack([as_stored(x) for _, x in maps])
-    sums = (weights @ stored.flatten(1)).unflatten(1, stored.shape[1:])           # (edges, ...)
-    at = 3 if channels_last(sums) else 1
-    return as_used(sums.movedim(0, at).flatten(at, at + 1))
+        out = torch.cat([out.unflatten(1, (self.edges, -1)),
+                         q.view(-1, 1, 1, 1) * bypass.unsqueeze(1)], 2)
+        out = out.unflatten(2, (self.partial, -1)).transpose(2, 3).flatten(1, 3)
+        return out.contiguous(memory_format=memory_format(out.device))
 
 
 class SearchCell(nn.Module):
