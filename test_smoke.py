@@ -28,7 +28,6 @@ PC-DARTS Eq. 3                    test_decoding_with_edge_weights_by_hand
 import argparse
 import contextlib
 import functools
-import gc
 import http.client
 import importlib
 import inspect
@@ -623,43 +622,6 @@ def test_an_iteration_takes_the_steps_of_its_algorithm(method, learns, monkeypat
                 "il": [f"learner {l}" for l in range(1, 5)]}[method]
     theirs = ["the architecture", *(["the creator"] if method == "lpt" else [])] if learns else []
     assert steps == theirs + learners
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_without_a_tester_a_step_is_the_base_searchs(order):
-    """DARTS' rule written out: A's step at W (order 1) or W' (order 2), then W's at the new A."""
-    m, batches = lpt_problem(tester=False)
-    m.alpha_opt = torch.optim.Adam(m.alphas, 3e-4, (0.5, 0.999), weight_decay=1e-3)
-    w, alphas = ([t.detach().clone() for t in part] for part in (m.w, m.alphas))
-    buffers = [m.testee_opt.state[t]["momentum_buffer"].clone() for t in m.w]
-    xi, mu, decay, names = 0.1, 0.9, 3e-4, [name for name, _ in m.testee.named_parameters()]
-
-    def gradients(w, alphas, batch):
-        w, alphas = ([t.clone().requires_grad_() for t in part] for part in (w, alphas))
-        logits = torch.func.functional_call(m.testee, dict(zip(names, w)), (batch[0], alphas))
-        found = torch.autograd.grad(F.cross_entropy(logits, batch[1]), [*w, *alphas])
-        return found[:len(w)], found[len(w):]
-
-    def norm(tensors):
-        return torch.cat([t.flatten() for t in tensors]).norm()
-
-    at, step_w = w, gradients(w, alphas, batches[0])[0]
-    if order == 2:
-        at = [t - xi * (g + decay * t + mu * b) for t, g, b in zip(w, step_w, buffers)]
-    v, g = gradients(at, alphas, batches[1])
-    if order == 2:
-        eps = 0.01 / norm(v)
-        plus, minus = (gradients([t + sign * eps * d for t, d in zip(w, v)], alphas, batches[0])[1]
-                       for sign in (1, -1))
-        g = [a - xi * (p - n) / (2 * eps) for a, p, n in zip(g, plus, minus)]
-    g = [g_a + 1e-3 * a for g_a, a in zip(g, alphas)]              # and Adam's first step
-    new_alphas = [a - 3e-4 * g_a / (g_a.abs() + 1e-8) for a, g_a in zip(alphas, g)]
-    g_w = gradients(w, new_alphas, batches[0])[0]
-    clip = 0.1 / (norm(g_w).item() + 1e-6)                        # torch's
-    new_w = [t - xi * (clip * g + decay * t + mu * b) for t, g, b in zip(w, g_w, buffers)]
-    figures = lpt.algorithm_2(m, batches, settings(lpt, order=order, grad_clip=0.1))
-    assert clip < 1 and figures["selection"] == 1
-    assert relative_error(m.alphas, new_alphas) < 1e-12 and relative_error(m.w, new_w) < 1e-12
 
 
 real = functools.partial(torch.tensor, dtype=torch.float64)
@@ -1899,17 +1861,8 @@ def imagenet_folder(root, n=12):
                         parts=("train", "val"))
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """The processes that multiprocessing starts."""
-    found, begin = [], multiprocessing.process.BaseProcess.start
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda process: (
-        found.append(process), begin(process)))
-    return found
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_images_from_files_do_not_hang_on_the_workers(tmp_path, started):
+def test_images_from_files_do_not_hang_on_the_workers(tmp_path):
     root = imagenet_folder(tmp_path)
     sets = [images("imagenet", root, 64, workers=n) for n in (0, 2)]
     rows = np.arange(36)
@@ -1935,9 +1888,6 @@ def test_images_from_files_do_not_hang_on_the_workers(tmp_path, started):
         with pytest.raises(ops.BadInput, match="dog/3.png"):
             stream = ops.Stream(data, rows, 8, 1, "train")
             [stream(step) for step in range(5)]
-    del sets, streams, stream, data     # with their iterations the processes end
-    gc.collect()                        # those that an error holds, too
-    assert started and not any(process.is_alive() for process in started)
 
 
 # ----------------------------------------------------------------------- command line, bad input
