@@ -191,11 +191,6 @@ def memory_format(device):
     return torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
 
 
-def channels_last(x: Tensor) -> bool:
-    """Return whether x's device stores maps as (N, H, W, C)."""
-    return memory_format(x.device) == torch.channels_last
-
-
 def place(module: nn.Module, device) -> nn.Module:
     """Return the module on its device, in the device's layout."""
     return module.to(device, memory_format=memory_format(device))
