@@ -41,15 +41,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from genotypes import (
-    PRIMITIVES,
-    BadInput,
-    Genotype,
-    path,
-    search_svg,
-    to_json,
-    to_svg,
-)
+from genotypes import PRIMITIVES, BadInput, Genotype, path, search_svg, to_json, to_svg
 
 try:
     import fcntl
@@ -81,30 +73,34 @@ def all_sum(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
     return [part.view(t.shape) for part, t in zip(parts, tensors)]
 
 
+def sum_of_all(x: Tensor) -> Tensor:
+    """Return the sum of x over the whole batch, the parts of all processes included. Its gradient
+    is of this process's part times the number of processes, over which grad averages."""
+    if world_size() == 1:
+        return x.sum()
+    mine = world_size() * x.sum()
+    others = all_sum([x.sum()])[0] - mine.detach()                # a constant
+    return mine + others
+
+
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """Return sum w l / sum w over the whole batch, the parts of all processes included; losses and
-    weights (N,). Its gradient is right once grad has averaged it over the processes."""
-    def total(x):
-        if world_size() == 1:
-            return x.sum()
-        mine = world_size() * x.sum()
-        return mine + (all_sum([x.sum()])[0] - mine).detach()
-    return total(weights * losses) / total(weights)
+    """Return sum w l / sum w over the whole batch; losses and weights (N,)."""
+    return sum_of_all(weights * losses) / sum_of_all(weights)
 
 
-def grad(loss: Tensor, *groups: list[Tensor], graph: bool = False):
-    """Return d loss / d t for every tensor t of each group: a list per group, or the list itself if
-    there is one group. Averages over the processes and leaves .grad alone.
+def grad(loss: Tensor, tensors: list[Tensor], graph: bool = False) -> list[Tensor]:
+    """Return d loss / d t for every tensor t. Averages over the processes and leaves .grad alone.
 
     graph: build a graph of the result, so that it can be differentiated again (one process only).
     """
-    wanted = [t for group in groups for t in group]
-    grads = list(torch.autograd.grad(loss, wanted, create_graph=graph))
-    if world_size() > 1:
-        grads = all_sum(grads, 1 / world_size())
-    grads = iter(grads)
-    parts = [list(itertools.islice(grads, len(group))) for group in groups]
-    return parts if len(parts) > 1 else parts[0]
+    found = list(torch.autograd.grad(loss, tensors, create_graph=graph))
+    return all_sum(found, 1 / world_size()) if world_size() > 1 else found
+
+
+def gradients(loss: Tensor, *groups: list[Tensor]) -> list[list[Tensor]]:
+    """Return grad's list for each group of tensors, from one backward pass."""
+    found = iter(grad(loss, [t for group in groups for t in group]))
+    return [list(itertools.islice(found, len(group))) for group in groups]
 
 
 def at_weights(module: nn.Module, weights: list[Tensor]):
@@ -251,12 +247,13 @@ def preprocess(C_in, C_out, after_reduction=False, affine=False):
             nn.Sequential(nn.Conv2d(C_in, C_out, 1, bias=False), BatchNorm(C_out, affine=affine)))
 
 
-def stem(C, imagenet):
+def stem(C, large):
     """Return the layers before the first cell and their last width. There are two modules, as the
-    first cell has two inputs: stem1 makes the second from the first. imagenet: stride 8 in all."""
+    first cell has two inputs: stem1 makes the second from the first. large: stride 8 in all, as for
+    ImageNet."""
     def conv(a, b, stride=2):
         return nn.Conv2d(a, b, 3, stride, 1, bias=False), BatchNorm(b), nn.ReLU()
-    if imagenet:
+    if large:
         return nn.Sequential(*conv(3, C // 2), *conv(C // 2, C)), nn.Sequential(*conv(C, C)), C
     return nn.Sequential(*conv(3, 3 * C, 1)), nn.Identity(), 3 * C
 
@@ -275,14 +272,135 @@ ALL = [[list(PRIMITIVES)] * EDGES] * 2                            # every candid
 
 @dataclass
 class Knobs:
-    """What a base changes in its supernet while it trains."""
+    """What a base changes in its supernet while it trains; schedule sets them."""
     auxiliary: float = 0.0              # DARTS-: weight of the auxiliary skip
     skip_dropout: float = 0.0           # P-DARTS: rate
-    generator: torch.Generator | None = None                      # of the dropped values
+
+
+def as_it_is(x):
+    """Return x."""
+    return x
+
+
+def every_second(x):
+    """Return every second pixel of a map, (N, C, H/2, W/2)."""
+    return x[:, :, ::2, ::2]
+
+
+def phases(x):
+    """Return the four stride-2 phases of a map along the batch, (4N, C, H/2, W/2)."""
+    return torch.cat([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+
+
+def merge_phases(x):
+    """Undo phases."""
+    x = x.permute(0, 2, 3, 1).unflatten(0, (2, 2, -1))            # (2, 2, N, H/2, W/2, C)
+    return x.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+def weighted_copies(x, weight):
+    """Return x (N, C, H, W) once per edge, side by side, times weight (edges * C,)."""
+    x = x.permute(0, 2, 3, 1).unsqueeze(3)                        # (N, H, W, 1, C)
+    x = x * weight.view(-1, x.shape[4])                           # (N, H, W, edges, C)
+    return x.flatten(3).permute(0, 3, 1, 2)
+
+
+class State:
+    """A state of a cell as the operations on its outgoing edges see it: x (N, C, H, W), its ReLU,
+    and copies(part, n), a part of that ReLU n times side by side, which two operations share."""
+
+    def __init__(self, x):
+        relu = F.relu(x)
+        self.x, self.relu = x, relu
+        self.copies = functools.cache(lambda part, n: torch.cat([part(relu)] * n, 1))
+
+
+# The candidates on n edges at once: op(state, weight) returns their outputs side by side,
+# (N, n * C, H', W'), each times its edge's weight; weight (n * C,) repeats it for every channel.
+
+
+class SepConv(nn.Module):
+    """ReLU, depthwise and 1 x 1 convolution, BN, twice."""
+
+    def __init__(self, C, kernel, stride, n):
+        super().__init__()
+        self.n = n
+        self.first = SeparableConv(C, kernel, stride, edges=n)
+        self.second = SeparableConv(C, kernel, edges=n)
+
+    def forward(self, state, weight):
+        return self.second(F.relu_(self.first(state.copies(as_it_is, self.n))), weight)
+
+
+class DilConv(nn.Module):
+    """ReLU, depthwise convolution of dilation 2 and 1 x 1 convolution, BN.
+
+    Dilation 2 is a plain convolution of each phase by itself, whose gradients take far less time on
+    a CPU; at stride 2 one phase is the whole input.
+    """
+
+    def __init__(self, C, kernel, stride, n):
+        super().__init__()
+        self.n, self.stride = n, stride
+        self.conv = SeparableConv(C, kernel, dilation=2, edges=n)
+
+    def forward(self, state, weight):
+        _, _, H, W = state.x.shape
+        if self.stride == 2:
+            return self.plain(state.copies(every_second, self.n), weight)
+        if state.x.device.type == "cpu" and H % 2 == W % 2 == 0:
+            return merge_phases(self.plain(state.copies(phases, self.n), weight))
+        return self.conv(state.copies(as_it_is, self.n), weight)
+
+    def plain(self, x, weight):
+        """Return the convolution of x without its dilation."""
+        kernel = self.conv.depthwise.weight                       # (n * C, 1, k, k)
+        x = F.conv2d(x, kernel, padding=kernel.shape[2] // 2, groups=len(kernel))
+        return self.conv.norm(self.conv.pointwise(x), weight)
+
+
+class Pool(nn.Module):
+    """Pooling, BN: the same map on every edge."""
+
+    def __init__(self, C, pool):
+        super().__init__()
+        self.pool, self.norm = pool, BatchNorm(C, affine=False)
+
+    def forward(self, state, weight):
+        return weighted_copies(self.norm(self.pool(state.x)), weight)
+
+
+class Skip(nn.Module):
+    """The state itself; at stride 2 ReLU and a FactorizedReduce. At stride 1 P-DARTS drops values
+    (§3.3), on every edge others."""
+
+    def __init__(self, C, stride, n, knobs):
+        super().__init__()
+        self.n, self.knobs = n, knobs
+        self.reduce = FactorizedReduce(C, C, n) if stride == 2 else None
+
+    def forward(self, state, weight):
+        if self.reduce is not None:
+            return self.reduce(state.relu, weight)
+        if not self.knobs.skip_dropout:
+            return weighted_copies(state.x, weight)
+        copies = torch.cat([state.x] * self.n, 1)
+        return F.dropout(copies, self.knobs.skip_dropout, self.training) * weight.view(1, -1, 1, 1)
+
+
+def candidate(name, C, stride, n, knobs):
+    """Return a candidate operation on n edges; `none` adds zero and has no module."""
+    if name == "skip_connect":
+        return Skip(C, stride, n, knobs)
+    if name == "max_pool_3x3":
+        return Pool(C, nn.MaxPool2d(3, stride, 1))
+    if name == "avg_pool_3x3":
+        return Pool(C, nn.AvgPool2d(3, stride, 1, count_include_pad=False))
+    return (SepConv if name.startswith("sep") else DilConv)(C, int(name[-1]), stride, n)
 
 
 # Convolutions first: their backward passes then come last, which takes 8% less time on a CPU.
-CONVS_FIRST = [*PRIMITIVES[4:], *PRIMITIVES[1:4]]                 # `none` adds zero: left out
+CONVS_FIRST = [*PRIMITIVES[4:], *PRIMITIVES[1:4]]
 
 
 class MixedEdges(nn.Module):
@@ -291,81 +409,44 @@ class MixedEdges(nn.Module):
 
     kept: the names of each edge's candidates. partial: the operations see C / partial channels, the
     others pass by, and all are shuffled (PC-DARTS §3.2). auxiliary: DARTS-'s skip beside them.
+    test_supernet_is_the_per_edge_one holds it to one mixed operation per edge.
     """
 
     def __init__(self, C, kept, stride, knobs, partial=1, auxiliary=False):
         super().__init__()
         self.edges, self.stride, self.partial, self.knobs = len(kept), stride, partial, knobs
-        self.kept = {name: edges for name in CONVS_FIRST
+        self.kept = {name: edges for name in CONVS_FIRST          # the edges that have it
                      if (edges := [e for e, names in enumerate(kept) if name in names])}
-        self.ops, c = nn.ModuleDict(), C // partial
-        for name in sorted(self.kept, key=PRIMITIVES.index):
-            n, k = len(self.kept[name]), name[-1]
-            if name.startswith("sep_conv"):
-                self.ops[name] = nn.ModuleList([SeparableConv(c, int(k), stride, edges=n),
-                                                SeparableConv(c, int(k), edges=n)])
-            elif name.startswith("dil_conv"):
-                self.ops[name] = SeparableConv(c, int(k), dilation=2 // stride, edges=n)
-            elif name.endswith("pool_3x3"):
-                self.ops[name] = BatchNorm(n * c, affine=False)
-            elif stride == 2:
-                self.ops[name] = FactorizedReduce(c, c, n)
-        self.auxiliary = FactorizedReduce(c, c, self.edges) if auxiliary and stride == 2 else None
+        C = C // partial
+        self.ops = nn.ModuleDict({name: candidate(name, C, stride, len(edges), knobs)
+                                  for name, edges in self.kept.items()})
+        self.auxiliary = Skip(C, stride, self.edges, Knobs()) if auxiliary else None
 
     def forward(self, x, p, q=None):
         """x (N, C, H, W), p (edges, 8) the weights of the operations, q (edges,) those of the
         bypass -> (N, edges * C, H', W'), one edge beside the other."""
-        C, bypass, stride = x.shape[1] // self.partial, None, self.stride
+        C, bypass = x.shape[1] // self.partial, None
         if self.partial > 1:
             x, bypass = x.split([C, x.shape[1] - C], 1)
-        r, per_channel = F.relu(x), p.t().repeat_interleave(C, 1)
-        copies = functools.cache(lambda x, n: torch.cat([x] * n, 1))     # two operations share one
-        direct = torch.full_like(per_channel[0], self.knobs.auxiliary)   # the weight of x itself
-        seen = r if stride == 1 else r[:, :, ::2, ::2]            # by dilation 2 at this stride
-        ops = dict(self.ops.items())                              # a skip of stride 1 has none
-
-        terms = []
-        for name, edges in self.kept.items():
-            i, n, op = PRIMITIVES.index(name), len(edges), ops.get(name)
-            weight = self.on_kept(per_channel[i], edges)
-            if name.startswith("sep_conv"):
-                once = F.relu_(op[0](copies(r, n)))
-                terms.append(self.on_all(op[1](once, weight), edges))
-            elif name.startswith("dil_conv"):
-                terms.append(self.on_all(op(copies(seen, n), weight), edges))
-            elif name == "max_pool_3x3":
-                pooled = F.max_pool2d(x, 3, stride, 1)
-                terms.append(self.on_all(op(copies(pooled, n), weight), edges))
-            elif name == "avg_pool_3x3":
-                pooled = F.avg_pool2d(x, 3, stride, 1, False, False)
-                terms.append(self.on_all(op(copies(pooled, n), weight), edges))
-            elif stride == 2:
-                terms.append(self.on_all(op(r, weight), edges))
-            elif self.knobs.skip_dropout and self.training:       # P-DARTS §3.3: a mask per edge
-                rate, many = self.knobs.skip_dropout, torch.cat([x] * n, 1)
-                stay = torch.empty_like(many).bernoulli_(1 - rate, generator=self.knobs.generator)
-                scale = weight.view(1, -1, 1, 1) / (1 - rate)
-                terms.append(self.on_all(many * stay * scale, edges))
-            else:
-                direct = direct + per_channel[i]
+        state, weights = State(x), dict(zip(PRIMITIVES, p.t().repeat_interleave(C, 1)))
+        out = functools.reduce(Tensor.add_, (                                      # DARTS Eq. 2
+            self.on_all(self.ops[name](state, self.on_kept(weights[name], edges)), edges)
+            for name, edges in self.kept.items()))
         if self.auxiliary is not None:
-            terms.append(self.auxiliary(r, direct))
-        elif stride == 1:
-            terms.append(copies(x, self.edges) * direct.view(1, -1, 1, 1))
-        out = functools.reduce(Tensor.add_, terms)
+            out += self.auxiliary(state, torch.full_like(weights["none"], self.knobs.auxiliary))
         return out if bypass is None else self.shuffled(out, bypass, q)
 
-    def on_kept(self, row, edges):
-        """Return the part of row (all edges * C,) that belongs to these edges."""
+    def on_kept(self, weight, edges):
+        """Return the part of weight (all edges * C,) that belongs to these edges."""
         if len(edges) == self.edges:
-            return row
-        return torch.cat([part for e, part in enumerate(row.chunk(self.edges)) if e in edges])
+            return weight
+        return weight.view(self.edges, -1)[edges].flatten()
 
-    def on_all(self, term, edges):
-        """Return term (N, len(edges) * C, H, W) with zeros for the other edges."""
+    def on_all(self, out, edges):
+        """Return out (N, len(edges) * C, H, W) with zeros for the other edges."""
         if len(edges) == self.edges:
-            return term
-        parts = dict(zip(edges, term.chunk(len(edges), 1)))
+            return out
+        parts = dict(zip(edges, out.chunk(len(edges), 1)))
         zero = torch.zeros_like(parts[edges[0]])
         return torch.cat([parts.get(e, zero) for e in range(self.edges)], 1)
 
@@ -409,15 +490,14 @@ class Supernet(nn.Module):
     """The search network: cells of mixed operations, with reduction cells at 1/3 and 2/3.
 
     kept: the candidates of every edge, of the normal and the reduction cell; partial, auxiliary:
-    MixedEdges'; imagenet: the stem of stride 8.
+    MixedEdges'; large: the stem of stride 8.
     """
 
-    def __init__(self, C, num_classes, layers, kept=ALL, partial=1, auxiliary=False,
-                 imagenet=False):
+    def __init__(self, C, num_classes, layers, kept=ALL, partial=1, auxiliary=False, large=False):
         super().__init__()
         self.knobs = Knobs()
-        self.stem0, self.stem1, C_prev = stem(C, imagenet)
-        self.cells, C_prev_prev, reduction = nn.ModuleList(), C_prev, imagenet
+        self.stem0, self.stem1, C_prev = stem(C, large)
+        self.cells, C_prev_prev, reduction = nn.ModuleList(), C_prev, large
         for i in range(layers):
             reduction_prev, reduction = reduction, i in (layers // 3, 2 * layers // 3)
             C *= 2 if reduction else 1
@@ -427,83 +507,121 @@ class Supernet(nn.Module):
         self.classifier = nn.Linear(C_prev, num_classes)
         self.register_buffer("order", torch.tensor(sum(OUTGOING, [])), persistent=False)
 
-    def forward(self, x, alphas):
-        """x (N, 3, H, W), alphas: initial_alphas' -> logits (N, num_classes)."""
-        if self.knobs.skip_dropout and self.training:
-            # one mask in all passes of a step, at whose start torch is seeded
-            self.knobs.generator = torch.Generator(x.device).manual_seed(torch.initial_seed())
-        p = [weights[self.order] for weights in operation_weights(alphas)]
-        q = [edge_weights(beta)[self.order] for beta in alphas[2:]] or [None, None]
-        s0 = self.stem0(x)
-        s1 = self.stem1(s0)
-        for cell in self.cells:
-            out = cell(s0, s1, p[cell.reduction], q[cell.reduction])
-            s0, s1 = s1, F.relu(out)
+    def forward(self, x, A):
+        """x (N, 3, H, W), A: Architecture -> logits (N, num_classes)."""
+        weights = [(p[self.order], None if q is None else q[self.order]) for p, q in A.weights()]
+        with same_draws(x.device) if self.knobs.skip_dropout else contextlib.nullcontext():
+            s0 = self.stem0(x)
+            s1 = self.stem1(s0)
+            for cell in self.cells:
+                out = cell(s0, s1, *weights[cell.reduction])
+                s0, s1 = s1, F.relu(out)
         return self.classifier(out.mean((2, 3)))
 
 
+@contextlib.contextmanager
+def same_draws(device):
+    """Let every pass of a step draw the same random numbers, those after torch's latest seed, as a
+    difference of two passes needs it. Run.steps sets that seed anew in each step."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(torch.initial_seed())
+        yield
+
+
 # ----------------------------------------------------------------------------------- architecture
-# The architecture A: its parameters, the weights they give the supernet, the cell they stand for.
-
-DROPPED = -1e9                  # alpha of a removed candidate: its softmax is exactly zero
 
 
-def initial_alphas(device, kept=ALL, partial=1) -> list[Tensor]:
-    """Return A: alpha of the normal and of the reduction cell, each (14, 8); with partial channels
-    also beta, the weights of their edges, each (14,)."""
-    alphas = [1e-3 * torch.randn(EDGES, len(PRIMITIVES)) for _ in range(2)]
-    for alpha, edges in zip(alphas, kept):
-        gone = [[name not in names for name in PRIMITIVES] for names in edges]
-        alpha[torch.tensor(gone)] = DROPPED
-    if partial > 1:
-        alphas += [1e-3 * torch.randn(EDGES) for _ in range(2)]
-    return [nn.Parameter(a.to(device)) for a in alphas]
+class Architecture(nn.Module):
+    """The architecture A: its parameters, the weights that they give a supernet, the cell that they
+    stand for, what its base adds to its loss. Another way to weigh is a change here alone.
 
+    alpha: of the normal and of the reduction cell, (14, 8) each; beta: with partial channels the
+    edges', (14,) each. kept: the candidates of every edge, as Supernet's; max_skips: cell's.
+    """
 
-def edge_weights(beta: Tensor) -> Tensor:
-    """Return beta (14,), softmaxed over the edges into each node (PC-DARTS Eq. 3)."""
-    return torch.cat([F.softmax(b, 0) for b in beta.split([2 + n for n in range(NODES)])])
+    def __init__(self, kept=ALL, partial=1, max_skips=8):
+        super().__init__()
+        self.alpha = nn.ParameterList(1e-3 * torch.randn(EDGES, len(PRIMITIVES)) for _ in range(2))
+        self.beta = nn.ParameterList(1e-3 * torch.randn(EDGES) for _ in range(2 * (partial > 1)))
+        self.register_buffer("dropped", torch.tensor(
+            [[[name not in names for name in PRIMITIVES] for names in cell] for cell in kept]))
+        self.register_buffer("max_skips", torch.tensor(max_skips))
+        self.epoch = 0                  # of the present stage; schedule sets it
 
+    def weights(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return for the normal and the reduction cell the weights of the edges' operations p
+        (14, 8) and, with partial channels, of their bypasses q (14,), else None."""
+        found = []
+        for i, (alpha, dropped) in enumerate(zip(self.alpha, self.dropped)):
+            p, q = F.softmax(alpha.masked_fill(dropped, -torch.inf), -1), None        # DARTS Eq. 2
+            if len(self.beta):
+                into = self.beta[i].split([2 + node for node in range(NODES)])
+                q = torch.cat([F.softmax(beta, 0) for beta in into])               # PC-DARTS Eq. 3
+                p = q[:, None] * p
+            found.append((p, q))
+        return found
 
-def operation_weights(alphas: list[Tensor]) -> list[Tensor]:
-    """Return the weights of all operations in the normal and the reduction cell, each (14, 8)."""
-    weights = [F.softmax(alpha, -1) for alpha in alphas[:2]]                       # DARTS Eq. 2
-    return [w * edge_weights(beta)[:, None] for w, beta in zip(weights, alphas[2:])] or weights
+    def penalty(self) -> Tensor | None:
+        """Return what the base adds to A's loss in epoch self.epoch, a scalar, or None; none of
+        BASES adds anything. step takes its gradient."""
+        return None
 
+    def step(self, optimizer, gradient: list[Tensor]):
+        """Take A's step along a method's gradient and that of the base's own penalty."""
+        penalty = self.penalty()
+        if penalty is not None:
+            own = torch.autograd.grad(penalty, list(self.parameters()))
+            gradient = [g + o for g, o in zip(gradient, own)]
+        descend(optimizer, gradient, "the architecture")
 
-def decode(alphas: list[Tensor], max_skips: int = 8) -> Genotype:
-    """Return the cell that alphas stand for (DARTS §2.4): per node the two incoming edges whose
-    strongest operation other than `none` is strongest, with that operation; the lower index wins a
-    tie. While the normal cell has more than max_skips skip connections, the weakest one's weight is
-    set to 0 and the cell decoded again (P-DARTS §3.3); one without alternative stays."""
-    def cell(p):                                                  # (14, 7) -> [(row, state, op)]
-        edges, first = [], 0
-        for n in range(2, 2 + NODES):
-            rows = p[first:first + n]
-            edges += [(first + state, state, rows[state].index(max(rows[state])))
-                      for state in sorted(range(n), key=lambda s: -max(rows[s]))[:2]]
-            first += n
-        return edges
+    def cell(self, max_skips: int | None = None) -> Genotype:
+        """Return the cell that A stands for (DARTS §2.4): per node the two incoming edges whose
+        strongest operation other than `none` is strongest, with that operation; the lower index
+        wins a tie. While the normal cell has more than max_skips skip connections, the weakest
+        one's weight is set to 0 and the cell decoded again (P-DARTS §3.3); one without alternative
+        stays."""
+        def strongest(p):                                         # (14, 7) -> [(row, state, op)]
+            edges, first = [], 0
+            for n in range(2, 2 + NODES):
+                rows = p[first:first + n]
+                edges += [(first + state, state, rows[state].index(max(rows[state])))
+                          for state in sorted(range(n), key=lambda s: -max(rows[s]))[:2]]
+                first += n
+            return edges
 
-    weights = (torch.where(alpha > DROPPED / 2, w, -1.0)          # -1: not a candidate of that edge
-               for alpha, w in zip(alphas, operation_weights(alphas)))
-    normal, reduce = (w[:, 1:].detach().float().cpu().tolist() for w in weights)
-    skip = PRIMITIVES.index("skip_connect") - 1
-    while len(skips := [row for row, _, op in cell(normal) if op == skip]) > max_skips:
-        if not (removable := [row for row in skips if normal[row][skip] > 0]):
-            break
-        normal[min(removable, key=lambda row: normal[row][skip])][skip] = 0.0
-    concat = list(range(2, 2 + NODES))
-    named = [[(PRIMITIVES[1 + op], state) for _, state, op in cell(p)] for p in (normal, reduce)]
-    return Genotype(named[0], concat, named[1], concat)
+        normal, reduce = (p.detach().masked_fill(dropped, -1)[:, 1:].tolist()    # -1: never chosen
+                          for (p, _), dropped in zip(self.weights(), self.dropped))
+        skip = PRIMITIVES.index("skip_connect") - 1
+        limit = self.max_skips if max_skips is None else max_skips
+        while len(skips := [row for row, _, op in strongest(normal) if op == skip]) > limit:
+            if not (removable := [row for row in skips if normal[row][skip] > 0]):
+                break
+            normal[min(removable, key=lambda row: normal[row][skip])][skip] = 0.0
+        concat = list(range(2, 2 + NODES))
+        named = [[(PRIMITIVES[1 + op], state) for _, state, op in strongest(p)]
+                 for p in (normal, reduce)]
+        return Genotype(named[0], concat, named[1], concat)
 
+    def report(self) -> tuple[dict, dict]:
+        """Return figures, the mean entropy of an edge's operations in nats and the number of skip
+        connections in the normal cell when it is decoded without a limit on them; and each
+        operation's weight, in PRIMITIVES' order, as a mean over the edges of the normal and of the
+        reduction cell. An edge's weights are scaled to add up to 1."""
+        p = [(p / p.sum(-1, keepdim=True)).detach().cpu() for p, _ in self.weights()]
+        entropy = torch.special.entr(torch.cat(p)).sum(-1).mean().item()
+        skips = sum(op == "skip_connect" for op, _ in self.cell(max_skips=2 * NODES).normal)
+        return ({"alpha_entropy": entropy, "skip_connections": skips},
+                {kind: rows.mean(0).tolist() for kind, rows in zip(("normal", "reduce"), p)})
 
-def prune(alphas: list[Tensor], keep: int) -> list:
-    """Return the `keep` strongest candidates of every edge in PRIMITIVES' order (P-DARTS §3.2); of
-    equal ones the lower index is dropped first."""
-    strongest = [alpha.detach().cpu().argsort(stable=True)[:, -keep:].sort().values
-                 for alpha in alphas[:2]]
-    return [[[PRIMITIVES[o] for o in row] for row in cell.tolist()] for cell in strongest]
+    def prune(self, keep: int) -> list:
+        """Return the `keep` strongest candidates of every edge in PRIMITIVES' order (P-DARTS §3.2);
+        of equal ones the lower index is dropped first."""
+        kept = []
+        for alpha, dropped in zip(self.alpha, self.dropped):
+            alpha = alpha.detach().masked_fill(dropped, -torch.inf).cpu()
+            rows = alpha.argsort(stable=True)[:, -keep:].sort().values.tolist()
+            kept.append([[PRIMITIVES[o] for o in row] for row in rows])
+        return kept
 
 
 # =================================================================================================
@@ -513,13 +631,14 @@ def prune(alphas: list[Tensor], keep: int) -> list:
 # ------------------------------------------------------------------------------------ command line
 # Arguments and their defaults by base and data set.
 
-# What changes no result. The others are what a run is: they name its folder and its row in the
-# papers' tables, and with --resume they are those of the run in that folder.
+# What changes no result. All others are what a run is: they name its folder and its row in the
+# tables, and --resume compares them.
 FREE = ("out", "resume", "device", "data", "workers", "graphs", "checkpoint_minutes", "log_every")
 
 
 def identity(args) -> dict:
-    """Return the arguments that a run's results depend on."""
+    """Return the arguments that a run's results depend on, and as "changed" those of them that
+    differ from the defaults."""
     return {k: v for k, v in vars(args).items() if k not in FREE}
 
 
@@ -569,8 +688,9 @@ def data_arguments(parser):
     add("--hold-out", type=number(int, 0), default=0,
         help="number of training images to leave out for evaluate.py to test on; Skillearn's "
              "lambda study leaves out 5000 (§3.2.4)")
-    add("--workers", type=number(int, 0), default=4,
-        help="processes that read ImageNet's files for each stream")
+    add("--workers", type=number(int, 0),
+        help="processes that read images for each stream; unless given, 4 for images in files and "
+             "on a GPU, else 0")
 
 
 def search_arguments(parser):
@@ -605,8 +725,8 @@ def search_arguments(parser):
         help="compute A's gradient by the papers' finite differences, or by exact differentiation "
              "(one process)")
     add("--subsets", type=number(float, 0, 1), nargs=2,
-        help="shares of every class that train weights and A; halves unless given, on ImageNet "
-             "0.1 0.025 (PC-DARTS §4.3)")
+        help="shares of every class that train weights and A; random halves unless given, on "
+             "ImageNet 0.1 0.025 (PC-DARTS §4.3)")
     add("--amp", choices=("off", "bf16", "bf16-all"), default="off",
         help="compute in bfloat16: bf16 in the passes that train weights, bf16-all in A's as well")
     run_arguments(parser, log_every=10)
@@ -625,7 +745,7 @@ def run_arguments(parser, log_every: int):
     add("--deterministic", action=flag, default=False,
         help="use only algorithms that give the same bits every time, on a GPU too; slower")
     add("--out", type=path, help="run folder; a new one in runs/ unless given")
-    add("--resume", action="store_true",
+    add("--resume", action=flag, default=False,
         help="go on from the run folder's checkpoint, if there is one")
     add("--checkpoint-minutes", type=real, default=10,
         help="minutes between checkpoints within an epoch")
@@ -666,15 +786,16 @@ def parse(parser, argv, method: str, recipe):
     args = parser.parse_args(argv)
     args.changed = {k: v for k, v in identity(args).items() if v != parser.get_default(k)}
     args.out = args.out or Path("runs") / run_name(method, args)
-    if not args.resume or not (args.out / "checkpoint.pt").exists():
+    if not args.resume:
         return args, None
-    checkpoint = read_checkpoint(args.out)
-    if checkpoint["method"] != method:
-        raise BadInput(f"--resume: {args.out} is a run of {checkpoint['method']}.py")
+    if not (args.out / "checkpoint.pt").exists():
+        print(f"no checkpoint in {args.out}: starting")
+        return args, None
+    checkpoint = read_checkpoint(args.out, method)
     parser.set_defaults(**checkpoint["args"], out=args.out)
     args = parser.parse_args(argv)
     for name, saved in checkpoint["args"].items():
-        if vars(args)[name] != saved:
+        if without_place(vars(args)[name]) != without_place(saved):
             raise BadInput(f"--resume: the run in {args.out} has {name} = {saved!r}, not "
                            f"{vars(args)[name]!r}")
     return args, checkpoint
@@ -684,8 +805,11 @@ def parse_search(parser, argv, method: str, own):
     """Parse for a search. own(chosen): the method's defaults where they differ from the base's."""
     args, checkpoint = parse(parser, argv, method, lambda chosen: search_recipe(
         chosen, own(chosen)))
-    if len(args.layers) != len(args.candidates):
-        raise BadInput(f"--layers: {args.base} has {len(args.candidates)} stages")
+    if len(args.layers) != len(args.keep) + 1:
+        raise BadInput(f"--layers: {args.base} has {len(args.keep) + 1} stages")
+    if args.warm_up >= args.epochs:
+        raise BadInput(f"--warm-up {args.warm_up}: A would learn in none of a stage's "
+                       f"{args.epochs} epochs")
     if args.channels % (2 * args.partial):
         raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
     if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
@@ -697,14 +821,24 @@ def task_names(args) -> list[str]:
     return getattr(args, "tasks", None) or [args.dataset]
 
 
+def without_place(value):
+    """Return an argument with folder:DIR as folder, in a list too: a folder may have moved, and
+    Run compares its images."""
+    if isinstance(value, list):
+        return [without_place(each) for each in value]
+    return "folder" if str(value).startswith("folder:") else value
+
+
 def run_name(method: str, args) -> str:
-    """Return the default name of a run's folder: the method, its data, what differs from the
-    defaults, the seed."""
-    changed = {k: v for k, v in args.changed.items()
-               if k not in ("dataset", "tasks", "seed", "quick")}
-    words = (v if isinstance(v, str) else k if v is True else f"{k}{v}" for k, v in changed.items())
-    name = "-".join([method, *(word.removesuffix("/genotype.json").split("/")[-1]
-                               for word in (*words, *task_names(args))), str(args.seed)])
+    """Return the default name of a run's folder: the method, its base or its cell, its data, what
+    else differs from the defaults, the seed."""
+    rest = {k: v for k, v in args.changed.items()
+            if k not in ("base", "arch", "dataset", "tasks", "seed", "quick")}
+    words = [method, args.changed.get("base"), args.changed.get("arch"), *task_names(args),
+             *(v if isinstance(v, str) else k if v is True else f"{k}{v}"
+               for k, v in rest.items()), str(args.seed)]
+    name = "-".join(word.removesuffix("/genotype.json").rstrip("/").split("/")[-1]
+                    for word in words if word)
     return re.sub(r"[^\w.+-]", "", name)[:200]
 
 
@@ -767,57 +901,66 @@ def write(path: Path, content: str | bytes):
     if rank():
         return
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def read_checkpoint(folder: Path) -> dict:
-    """Return the checkpoint of a run folder. Its checksums are compared, and nothing but weights
-    and plain values is read. Raises BadInput."""
+def read_checkpoint(folder: Path, method: str) -> dict:
+    """Return the checkpoint of a script's run folder. Its checksums are compared, and nothing but
+    weights and plain values is read. Raises BadInput."""
     path = folder / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as archive:                    # torch.save makes one
             if archive.testzip():
                 raise zipfile.BadZipFile("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"there is no {path}") from None
     except Exception as error:                                    # whatever a damaged file raises
         raise BadInput(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise BadInput(f"{path} is of another version of this code")
+    if content["method"] != method:
+        raise BadInput(f"{folder} is a run of {content['method']}.py, not of {method}.py")
+    return content
 
 
-def fingerprint(data) -> str:
-    """Return a hash of a data set: its size, classes and labels, and 16 of its images."""
-    digest = hashlib.sha256(str((len(data.labels), data.size, data.classes)).encode())
-    rows = np.linspace(0, len(data.labels) - 1, 16).astype(int)
-    for tensor in (data.labels, data.pixels(rows)):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
+VERSION = 4             # of what a checkpoint holds
 
 
 class Run:
     """A run's folder and its place in the schedule: all that --resume needs beside the learners.
 
-    about: what the run is, as plain values.
+    about: what the run is, as plain values, its row in the tables among them (run.json).
     state: the stage; the next step of the run; the sums of the current epoch's figures and the
     seconds spent on it; one line per finished epoch; why the run ended early, or None.
     more: further plain values to save in the checkpoint.
     """
 
-    def __init__(self, method: str, args, checkpoint: dict | None, sets: list, more=None):
+    def __init__(self, method: str, args, checkpoint: dict | None, sets: list, row: str = "",
+                 more: dict | None = None):
         self.args, self.checkpoint, self.more = args, checkpoint, more or {}
-        self.about = {"method": method, "args": identity(args),
-                      "data": [fingerprint(data) for data in sets], "world_size": world_size()}
+        stages = len(args.layers) if isinstance(args.layers, list) else 1
+        self.about = {"version": VERSION, "method": method, "row": row, "args": identity(args),
+                      "epochs": stages * args.epochs, "data": [data.fingerprint() for data in sets],
+                      "world_size": world_size()}
         self.state = dict(stage=0, step=0, sums={}, seconds=0.0, history=[], stopped=None)
         if checkpoint:
             for name in ("data", "world_size"):
                 if checkpoint[name] != self.about[name]:
                     raise BadInput(f"--resume: the run in {args.out} has another {name}")
             self.state = checkpoint["run"]
-        self.lock = None if rank() else claim(args.out)
-        if self.lock and not checkpoint and (args.out / "checkpoint.pt").exists():
-            raise BadInput(f"there is a run in {args.out}: --resume goes on with it; a new one "
-                           "needs another --out")
+        if rank():
+            return
+        self.lock = claim(args.out)
+        begun = any(each.name not in (".lock", "run.json") and each.suffix != ".tmp"
+                    for each in args.out.iterdir())               # run.json: killed as it began
+        if begun and not checkpoint:
+            raise BadInput(f"{args.out} is not empty: give another --out, or --resume to go on "
+                           "from its checkpoint")
 
     def load(self, parts: dict):
         """Take the learners and optimizers of a stage; a checkpoint's states go into them."""
@@ -835,27 +978,28 @@ class Run:
         content, parts = io.BytesIO(), {k: part.state_dict() for k, part in self.parts.items()}
         torch.save({**self.about, **self.more, "run": self.state, "parts": parts}, content)
         write(self.args.out / "checkpoint.pt", content.getvalue())
-        self.saved = time.time()
+        self.saved = time.monotonic()
 
     def epochs(self, epoch_steps: int):
         """Yield the epochs that are left of the present stage; after each the run is saved."""
-        args, state, self.epoch_steps, self.saved = self.args, self.state, epoch_steps, time.time()
+        args, state, self.epoch_steps, self.done = self.args, self.state, epoch_steps, 0
+        self.begin = self.saved = time.monotonic()
         end = (state["stage"] + 1) * args.epochs * epoch_steps
         while state["step"] < end and not state["stopped"]:
             yield state["step"] // epoch_steps - state["stage"] * args.epochs
             self.save()
 
-    def steps(self):
+    def steps(self, learners):
         """Yield the steps of the run that are left of the present epoch. Within it the run is saved
-        every --checkpoint-minutes; what is drawn in a step is a function of (seed, step, rank)."""
-        state, lap = self.state, time.time()
-        recordings.clear()                                        # of the epoch before
+        every --checkpoint-minutes; what is drawn in a step is a function of (seed, step, rank).
+        The learners' recordings (graphed) are dropped, as an epoch changes numbers in them."""
+        state, lap, learners.recordings = self.state, time.monotonic(), {}
         end = (state["step"] // self.epoch_steps + 1) * self.epoch_steps
         while state["step"] < end:
-            seed_all(self.args.seed, state["step"], rank())
+            seed_all("step", self.args.seed, state["step"], rank())
             yield state["step"]
             state["step"] += 1
-            now = time.time()
+            now = time.monotonic()
             state["seconds"] += now - lap
             lap = now
             if state["step"] < end and now - self.saved > 60 * self.args.checkpoint_minutes:
@@ -867,14 +1011,18 @@ class Run:
         values = torch.stack([value.detach().float() for value in figures.values()])
         if world_size() > 1:
             values = all_sum([values], 1 / world_size())[0]
-        values = values.tolist()
+        values, self.done = values.tolist(), self.done + 1
         for name, value in zip(figures, values):
             state["sums"][name] = state["sums"].get(name, 0.0) + value
         if i % self.args.log_every == 0 or i == self.epoch_steps:
+            spent = (time.monotonic() - self.begin) / self.done   # seconds a step
+            left = self.about["epochs"] * self.epoch_steps - state["step"] - 1
             words = "  ".join(f"{name.replace('_', ' ')} {value:.3f}"
                               for name, value in zip(figures, values))
-            print(f"epoch {state['step'] // self.epoch_steps + 1}, step {i}/{self.epoch_steps}, "
-                  f"{state['seconds']:.0f} s  {words}", flush=True)
+            print(f"epoch {state['step'] // self.epoch_steps + 1}/{self.about['epochs']} "
+                  f"step {i}/{self.epoch_steps}  {words}  "
+                  f"{self.args.batch_size / spent:.1f} images/s  "
+                  f"left {timedelta(seconds=round(spent * left))}", flush=True)
 
     def log_epoch(self, figures: dict | None = None, more: dict | None = None) -> list[dict]:
         """Write an epoch's line to the log: the means of its steps, figures, and more that is not
@@ -892,7 +1040,7 @@ class Run:
         line |= more or {}
         state |= dict(sums={}, seconds=0.0, history=[*state["history"], line])
         write(self.args.out / "log.jsonl", "".join(json.dumps(each) + "\n" for each in
-                                              state["history"]))
+                                                   state["history"]))
         return state["history"]
 
     def picture(self, name: str, rows: dict, size: int = 96):
@@ -907,8 +1055,13 @@ def run(main, argv=None):
     line and exit code 1, Ctrl-C in 130."""
     try:
         main(argv)
-    except (KeyboardInterrupt, BadInput, NotFinite, OSError) as error:
+    except (KeyboardInterrupt, BadInput, NotFinite, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or "interrupted; --resume goes on from the last checkpoint"
+        if isinstance(error, (MemoryError, RuntimeError)):
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                    "allocate memory" not in message):            # as torch says it of a CPU's
+                raise
+            message = f"out of memory: lower --batch-size, --channels or --image-size ({error})"
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
         sys.exit({KeyboardInterrupt: 130, BadInput: 2}.get(type(error), 1))
     if dist.is_initialized():
@@ -918,6 +1071,10 @@ def run(main, argv=None):
 # ------------------------------------------------------------------------------------- the images
 # Data sets, their augmentation and their mini-batches. A batch is a pure function of (seed, stream,
 # step): --resume relies on it.
+
+LARGE = 96              # images of this many pixels a side are treated as ImageNet's are
+ZOOM = 256 / 224        # ImageNet's test images: resized to 256 pixels, of which 224 are cropped
+STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]         # ImageNet's: means, deviations
 
 
 class Request(NamedTuple):
@@ -936,8 +1093,7 @@ def normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Images(Dataset):
-    """Labelled images: in memory, or in files that `workers` processes read when they are asked
-    for, as ImageNet's."""
+    """Labelled images, in memory or in files that are read when they are asked for."""
     images: Tensor | list[str]          # (n, 3, H, W) uint8, or files
     labels: Tensor                      # (n,) int64; both are on the CPU
     classes: list[str]
@@ -945,55 +1101,92 @@ class Images(Dataset):
     mean: Tensor                        # (3, 1, 1), in units of 0 to 1
     std: Tensor
     device: torch.device                # where the batches go
-    workers: int = 0
+    workers: int | None = None          # processes that read for each stream; None: see below
+
+    def __post_init__(self):
+        if self.workers is None:
+            self.workers = 0 if torch.is_tensor(self.images) and self.device.type == "cpu" else 4
+
+    @property
+    def large(self) -> bool:
+        """Return whether these images are treated as ImageNet's: the stem, the augmentation."""
+        return min(self.size) >= LARGE
+
+    @property
+    def zoom(self) -> float:
+        """Return how much larger than size an image is resized before its centre is cropped."""
+        return 1.0 if torch.is_tensor(self.images) else ZOOM
 
     def read(self, requests):
         """Yield each request's x (N, 3, H, W) as a network sees it, y (N,), rows (N,)."""
-        loader = DataLoader(self, batch_size=None, sampler=requests, num_workers=self.workers,
-                            pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        # numpy goes through a pipe; torch would send its tensors through /dev/shm, which is too
+        # small for a batch in many containers
+        loader = DataLoader(self, batch_size=None, sampler=requests, collate_fn=as_it_is,
+                            num_workers=self.workers, generator=torch.Generator())
         try:
-            for x, rows in loader:                                # rows are a tensor by now
+            for x, rows in loader:
+                x, rows = torch.from_numpy(x), torch.from_numpy(rows)
+                x = x.pin_memory() if self.device.type == "cuda" else x
                 x = normalised(x.to(self.device, non_blocking=True), self.mean, self.std)
                 yield x, self.labels[rows].to(self.device), rows.to(self.device)
         except BadInput as error:                                 # torch adds the process's lines
             raise BadInput(str(error).splitlines()[-1]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise MemoryError(f"a reading process was killed; lower --workers: {error}") from None
 
     def __getitem__(self, request: Request):
         """Return the images of a request, (N, 3, H, W) uint8, and their rows."""
         if request.seeds is None:
-            return self.pixels(request.rows), request.rows
+            return self.pixels(request.rows).numpy(), request.rows
         state = torch.get_rng_state()
         found = [self.augmented(row, int(seed), request.flip, request.cutout)
                  for row, seed in zip(request.rows, request.seeds)]
         torch.set_rng_state(state)                                # from which v2 draws
-        return torch.stack(found), request.rows
+        return torch.stack(found).numpy(), request.rows
 
     def pixels(self, rows) -> Tensor:
         """Return images as they are, (N, 3, H, W) uint8; of those in files the centre."""
         if torch.is_tensor(self.images):
             return self.images[rows]
         return torch.stack([v2.functional.pil_to_tensor(
-            centre(read_image(self.images[row]), self.size, 256 / 224)) for row in rows])
+            centre(read_image(self.images[row]), self.size, ZOOM)) for row in rows])
 
     def augmented(self, row: int, seed: int, flip: bool, cutout: int) -> Tensor:
-        """Return an image cropped out of its zero-padded self (by 1/8: 4 pixels at 32), mirrored
-        half of the time and, if asked, with a square of the mean colour. One in a file is cropped
-        at a random size, and its colours are jittered."""
-        if not torch.is_tensor(self.images):
+        """Return an image as it is trained on. A small one is cropped out of its zero-padded self
+        (by 1/8: 4 pixels at 32) and mirrored half of the time; a large one is cropped at a random
+        size, mirrored, and its colours are jittered. cutout: of either a square is erased."""
+        rng, (H, W) = np.random.default_rng(seed), self.size
+        if self.large:
             torch.default_generator.manual_seed(seed)
+            image = (v2.functional.to_pil_image(self.images[row]) if torch.is_tensor(self.images)
+                     else read_image(self.images[row]))
             change = v2.Compose([
                 v2.RandomResizedCrop(self.size), v2.RandomHorizontalFlip(0.5 * flip),
                 v2.ColorJitter(0.4, 0.4, 0.4, 0.2)])
-            return v2.functional.pil_to_tensor(change(read_image(self.images[row])))
-        rng, (H, W) = np.random.default_rng(seed), self.size
-        pad, mirror = H // 8, rng.random() < 0.5 * flip
-        y, x = rng.integers(2 * pad + 1, size=2)
-        image = F.pad(self.images[row], (pad,) * 4)[:, y:y + H, x:x + W]
-        image = image.flip(2) if mirror else image
+            image = v2.functional.pil_to_tensor(change(image))
+        else:
+            pad, mirror = H // 8, rng.random() < 0.5 * flip
+            y, x = rng.integers(2 * pad + 1, size=2)
+            image = F.pad(self.images[row], (pad,) * 4)[:, y:y + H, x:x + W]
+            image = image.flip(2) if mirror else image
         if cutout:
             y, x = rng.integers((H, W)) - cutout // 2
             image[:, max(0, y):max(0, y + cutout), max(0, x):max(0, x + cutout)] = self.mean * 255
         return image
+
+    def fingerprint(self) -> str:
+        """Return a hash of the images' number, size, classes and labels, and of 16 of them."""
+        digest = hashlib.sha256(str((len(self.labels), self.size, self.classes)).encode())
+        for tensor in (self.labels, self.pixels(evenly(len(self.labels), 16))):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def evenly(n: int, count: int) -> np.ndarray:
+    """Return `count` numbers from 0 to n - 1, evenly spread."""
+    return np.linspace(0, n - 1, count).astype(int)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -1031,10 +1224,7 @@ def read_image(file: str) -> Image.Image:
         raise BadInput(f"cannot read the image {file}: {error}") from None
 
 
-IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]   # means, deviations
-
-
-def image_set(images: Tensor, labels, classes, device) -> Images:
+def in_memory(images: Tensor, labels, classes, device, workers=None) -> Images:
     """Return images in memory, with the channel statistics of their own."""
     sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
             for x in images.split(256)]
@@ -1043,74 +1233,121 @@ def image_set(images: Tensor, labels, classes, device) -> Images:
     std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
     mean, std = ((s / 255).float().view(3, 1, 1) for s in (mean, std))
     return Images(images, torch.as_tensor(labels).long(), classes, tuple(images.shape[2:]), mean,
-                  std, torch.device(device))
+                  std, torch.device(device), workers)
 
 
-def load_images(dataset: str, args, device, classes: list[str] | None = None):
-    """Return the training images of a data set, or if the training images' classes are given, its
-    test images.
+def load_images(dataset: str, args, device, like: Images | None = None) -> Images:
+    """Return the training images of a data set or, if those are given as `like`, its test images.
 
-    dataset: cifar10, cifar100, folder or folder:DIR (an ImageFolder tree: train/, and test/ or
-    val/), imagenet (the same, read from its files), synthetic or synthetic:CLASSES. args: data,
-    image_size and workers. Raises BadInput where they cannot be had.
+    dataset: cifar10, cifar100, folder or folder:DIR, imagenet (a folder, --data), synthetic or
+    synthetic:CLASSES. args: data, image_size, hold_out and workers. Raises BadInput where they
+    cannot be had.
     """
     name, _, option = dataset.partition(":")
-    size, test = args.image_size, classes is not None
     if name == "synthetic":
-        return synthetic(int(option or 10), size or 32, device, test)
-    if name not in ("folder", "imagenet"):
-        return load_cifar(dataset, args.data, size or 32, device, test)
-    root, endings = path(option or args.data), Image.registered_extensions()
-    where = root / "train"
-    if test:
-        where = root / ("test" if name == "folder" and (root / "test").is_dir() else "val")
+        images = synthetic(int(option or 10), args.image_size or 32, device, like is not None)
+    elif name.startswith("cifar"):
+        images = load_cifar(dataset, args, device, like is not None)
+    else:
+        images = load_folder(path(option or args.data), args, device, like)
+    if like and images.size != like.size:
+        raise BadInput("the test images are {} x {} pixels, the training images {} x {}: give "
+                       "--image-size".format(*images.size, *like.size))
+    if like:
+        images.mean, images.std = like.mean, like.std
+    return images
+
+
+class Folder(torchvision.datasets.ImageFolder):
+    """An ImageFolder of every format that Pillow reads, without hidden files and folders."""
+
+    def __init__(self, root):
+        known = Image.registered_extensions()
+        super().__init__(root, is_valid_file=lambda file: Path(file).suffix.lower() in known
+                         and f"{os.sep}." not in file.removeprefix(str(root)))
+
+    def find_classes(self, directory):
+        names = class_names(directory)
+        if len(names) < 2:
+            raise FileNotFoundError(f"it has {len(names)} class folders, and two are needed")
+        return names, {name: i for i, name in enumerate(names)}
+
+
+def class_names(folder) -> list[str]:
+    """Return the names of the visible subfolders of a folder."""
+    return sorted(each.name for each in os.scandir(folder)
+                  if each.is_dir() and not each.name.startswith("."))
+
+
+def load_folder(root: Path, args, device, like: Images | None) -> Images:
+    """Return the images in root/train/CLASS, or without such a folder in root/CLASS; if `like` is
+    given, those in root/test or root/val, whichever has its classes. Large ones stay in files."""
+    where = root / "train" if (root / "train").is_dir() else root
     try:
-        folder = torchvision.datasets.ImageFolder(
-            where, is_valid_file=lambda file: Path(file).suffix.lower() in endings)
+        folder = None if like else Folder(where)
+        classes = (like or folder).classes
+        test = [each for each in (root / "test", root / "val")
+                if where != root and each.is_dir() and class_names(each) == classes]
+        if not test and not args.hold_out:
+            raise BadInput(f"no test images: neither {root / 'test'} nor {root / 'val'} has the "
+                           f"classes of {where}; --hold-out N, given to the search and to "
+                           "evaluate.py, tests on N images that neither learns from")
+        folder = Folder(test[0]) if like else folder
+        files, labels = zip(*folder.samples)
+        size = (args.image_size,) * 2 if args.image_size else common_size(files)
     except OSError as error:
-        raise BadInput(f"no images in {where}: {error}; DIR must hold train/, and test/ or val/, "
-                       "each with a folder of images per class") from None
-    if test and folder.classes != classes:
-        odd = min(set(folder.classes) ^ set(classes))
-        raise BadInput(f"{where} and {root / 'train'} have different classes: {odd!r} is in one")
-    files, labels = zip(*folder.samples)
-    if name == "folder":
-        return read_folder(files, labels, folder.classes, size, device)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET_STATISTICS)
-    return Images(list(files), torch.tensor(labels), folder.classes, (size or 224,) * 2, mean, std,
-                  torch.device(device), args.workers)
+        raise BadInput(f"no images in {where}: {error}; {root} must hold train/ and test/ or val/, "
+                       "each with a folder of images per class, or such folders") from None
+    if min(size) >= LARGE:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
+        images = Images(list(files), torch.tensor(labels), folder.classes, size, mean, std,
+                        torch.device(device), args.workers)
+    else:
+        pixels = torch.empty(len(files), 3, *size, dtype=torch.uint8)
+        for row, file in enumerate(files):
+            pixels[row] = v2.functional.pil_to_tensor(centre(read_image(file), size))
+        images = in_memory(pixels, labels, folder.classes, device, args.workers)
+    largest = images.pixels(evenly(len(files), 16)).max()
+    if largest < 32:
+        raise BadInput(f"the images in {where} are nearly black: their largest value is {largest} "
+                       "of 255. 16-bit files must use the whole range up to 65535")
+    return images
 
 
-def load_cifar(dataset: str, data: Path, size: int, device, test: bool) -> Images:
-    """Return CIFAR from `data`, downloaded to it by one process, its checksums compared."""
+def common_size(files) -> tuple[int, int]:
+    """Return the (H, W) that all images in files have. Raises BadInput if they have several."""
+    sizes = {}
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                sizes.setdefault(image.size, file)
+        except Exception as error:
+            raise BadInput(f"cannot read the image {file}: {error}") from None
+        if len(sizes) > 1:
+            (first, a), (second, b) = sizes.items()
+            raise BadInput("{} is {} x {} pixels and {} {} x {}: give --image-size".format(
+                a, *first, b, *second))
+    (width, height), = sizes
+    return height, width
+
+
+def load_cifar(dataset: str, args, device, test: bool) -> Images:
+    """Return CIFAR from --data, downloaded to it by one process, its checksums compared."""
     source = getattr(torchvision.datasets, dataset.upper())
     try:
         for turn in (True, False):                                # rank 0 first, then the others
             if turn == (rank() == 0):
-                cifar = source(data, train=not test, download=True)
+                cifar = source(args.data, train=not test, download=True)
             if world_size() > 1:
                 dist.barrier()
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise BadInput(f"{dataset} is not in {data} and cannot be downloaded ({error}): put "
+        raise BadInput(f"{dataset} is not in {args.data} and cannot be downloaded ({error}): put "
                        f"{source.filename} there, or use --dataset folder --data DIR") from None
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-    if size != 32:
-        images = torch.cat([v2.functional.resize(part, [size]) for part in images.split(1000)])
-    return image_set(images, cifar.targets, cifar.classes, device)
-
-
-def read_folder(files, labels, classes, image_size: int | None, device) -> Images:
-    """Return the images in files, resized and centre-cropped to image_size if given."""
-    for row, file in enumerate(files):
-        image = read_image(file)
-        image = centre(image, (image_size, image_size)) if image_size else image
-        if row == 0:
-            images = torch.empty(len(files), 3, image.height, image.width, dtype=torch.uint8)
-        if images.shape[2:] != (image.height, image.width):
-            raise BadInput(f"{file} is {image.width} x {image.height} pixels and the images before "
-                           "it are not: give --image-size")
-        images[row] = v2.functional.pil_to_tensor(image)
-    return image_set(images, labels, classes, device)
+    if args.image_size not in (None, 32):
+        images = torch.cat([v2.functional.resize(part, [args.image_size])
+                            for part in images.split(1000)])
+    return in_memory(images, cifar.targets, cifar.classes, device, args.workers)
 
 
 def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> Images:
@@ -1140,7 +1377,7 @@ def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> 
     pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     names = [f"{s}{k}" for k, s in zip(range(num_classes), ["star", "diamond", "disc", "square"]
                                        * num_classes)]
-    return image_set(torch.from_numpy(pixels), labels, names, device)
+    return in_memory(torch.from_numpy(pixels), labels, names, device)
 
 
 def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
@@ -1174,8 +1411,8 @@ class Stream:
     def __init__(self, data, rows, batch_size: int, seed: int, name: str, flip=True, cutout=0):
         n = batch_size // world_size()
         if batch_size > len(rows):
-            raise BadInput(f"--batch-size {batch_size}: there are {len(rows)} images to train on"
-                           f"{', in each half' * (name != 'evaluate')}; give that or less")
+            raise BadInput(f"--batch-size {batch_size}: there are {len(rows)} images to train on, "
+                           f"{len(rows) / len(data.labels):.3g} of all; give that or less")
         if batch_size % world_size() or n < 2:
             raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
                            "with two images or more for each")
@@ -1213,16 +1450,19 @@ def batches(data, rows, batch_size: int):
 
 
 @torch.no_grad()
-def accuracies(predict, data, rows, batch_size: int, top=(1,)) -> list[float]:
-    """Return the shares of images `rows` whose label is among the k largest logits of predict(x),
-    for each k in top."""
-    hits = torch.zeros(len(top), device=data.device)
+def hits(predict, data, rows, batch_size: int, top=(1,)) -> Tensor:
+    """Return how many images of each class have their label among the k largest logits of
+    predict(x), for each k in top: (classes, len(top)), on the CPU."""
+    found = torch.zeros(len(data.classes), len(top), device=data.device)
     for x, y in batches(data, np.asarray(rows)[rank()::world_size()], batch_size):
-        found = predict(x).topk(min(max(top), len(data.classes)), 1).indices == y[:, None]
-        hits += torch.stack([found[:, :k].sum() for k in top])
-    if world_size() > 1:
-        hits = all_sum([hits])[0]
-    return [count / len(rows) for count in hits.tolist()]
+        best = predict(x).topk(min(max(top), len(data.classes)), 1).indices == y[:, None]
+        found.index_add_(0, y, torch.stack([best[:, :k].sum(1).float() for k in top], 1))
+    return (all_sum([found])[0] if world_size() > 1 else found).cpu()
+
+
+def accuracy(predict, data, rows, batch_size: int) -> float:
+    """Return the share of images `rows` that predict(x) gets right."""
+    return hits(predict, data, rows, batch_size).sum().item() / len(rows)
 
 
 def draw_pictures(rows: dict, size: int) -> Image.Image:
@@ -1241,7 +1481,7 @@ def draw_pictures(rows: dict, size: int) -> Image.Image:
         for c, (pixels, caption) in enumerate(row):
             x = gap + c * (size + gap)
             image = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-            canvas.paste(image.resize((size, size), Image.Resampling.NEAREST), (x, y + 24))
+            canvas.paste(image.resize((size, size), Image.Resampling.BOX), (x, y + 24))
             draw.text((x, y + 27 + size), caption, "black", ImageFont.load_default(13))
         y += height
     return canvas
@@ -1251,57 +1491,69 @@ def draw_pictures(rows: dict, size: int) -> Image.Image:
 # The base searches as data, and what they do in a search: its stages, what changes from epoch to
 # epoch, when it ends. A new base is a line in BASES and what it does differently here.
 
-# Entries of layers, candidates and skip_dropout are per stage; weights and A start anew in each
+# title: its name in the papers' tables. layers and skip_dropout have an entry per stage, keep (how
+# many candidates of an edge go on) one per stage but the first. Weights and A start anew in each
 # stage, and epochs and warm_up count within it.
-DARTS = dict(order=1, layers=[8], epochs=50, batch_size=64, lr=0.025, lr_min=0.001, alpha_lr=3e-4,
-             warm_up=0, candidates=[8], skip_dropout=[0.0], max_skips=8, stop_at_skips=0, partial=1,
-             auxiliary_skip=False)
+DARTS = dict(title="DARTS-1st", order=1, layers=[8], epochs=50, batch_size=64, lr=0.025,
+             lr_min=0.001, alpha_lr=3e-4, warm_up=0, keep=[], skip_dropout=[0.0], max_skips=8,
+             stop_at_skips=0, partial=1, auxiliary_skip=False)
 BASES = {
     "darts-1st": DARTS,                                           # arXiv 1806.09055, §A.1
-    "darts-2nd": DARTS | dict(order=2),
-    "darts-": DARTS | dict(auxiliary_skip=True),                  # arXiv 2009.01027
-    "darts+": DARTS | dict(stop_at_skips=2),                      # arXiv 1909.06035
-    "pcdarts": DARTS | dict(batch_size=256, lr=0.1, lr_min=0.0, alpha_lr=6e-4, warm_up=15,
-                            partial=4),                           # arXiv 1907.05737
-    "pdarts": DARTS | dict(layers=[5, 11, 17], epochs=25, batch_size=96, lr_min=0.0, alpha_lr=6e-4,
-                           warm_up=10, candidates=[8, 5, 3], skip_dropout=[0.1, 0.4, 0.7],
-                           max_skips=2),                          # arXiv 1904.12760
+    "darts-2nd": DARTS | dict(title="DARTS-2nd", order=2),
+    "darts-": DARTS | dict(title="DARTS-", auxiliary_skip=True),  # arXiv 2009.01027
+    "darts+": DARTS | dict(title="DARTS+", stop_at_skips=2),      # arXiv 1909.06035
+    "pcdarts": DARTS | dict(title="PC-DARTS", batch_size=256, lr=0.1, lr_min=0.0, alpha_lr=6e-4,
+                            warm_up=15, partial=4),               # arXiv 1907.05737
+    "pdarts": DARTS | dict(title="P-DARTS", layers=[5, 11, 17], epochs=25, batch_size=96,
+                           lr_min=0.0, alpha_lr=6e-4, warm_up=10, keep=[5, 3],
+                           skip_dropout=[0.1, 0.4, 0.7], max_skips=2),    # arXiv 1904.12760
 }
 IMAGENET = dict(image_size=224, subsets=[0.1, 0.025])
 IMAGENET_BASES = {"pcdarts": dict(batch_size=1024, lr=0.5, alpha_lr=6e-3, warm_up=35)}
 
 
+def row(name: str, args, *in_name: str) -> str:
+    """Return a search's row in the tables: its name, and what else differs from the defaults.
+    in_name: the arguments that the name tells."""
+    rest = {k: v for k, v in args.changed.items()
+            if k not in (*in_name, "base", "dataset", "tasks", "seed")}
+    flags = ((k.replace("lam", "lambda").replace("_", "-"), v) for k, v in sorted(rest.items()))
+    return ", ".join([name, *(f"{flag} {v}" for flag, v in flags)])
+
+
 def stages(run):
-    """Yield the stages that are left of a search. Between two stages the weakest candidates of
-    every edge are removed (P-DARTS §3.2)."""
-    args, state = run.args, run.state
-    state.setdefault("kept", ALL)
-    while state["stage"] < len(args.layers) and not state["stopped"]:
-        yield state["stage"]
-        state["stage"] += 1
-        if state["stage"] < len(args.layers):
-            state["kept"] = prune(run.parts["outer"][:2], args.candidates[state["stage"]])
+    """Yield the stages that are left of a search; end_stage ends each."""
+    while run.state["stage"] < len(run.args.layers) and not run.state["stopped"]:
+        yield run.state["stage"]
 
 
-def new_stage(run, classes: list[int], device):
-    """Make what starts anew in a stage, as a function of (seed, stage): a supernet with its SGD for
-    each entry of classes, and the architecture A with its Adam.
+def end_stage(run, A):
+    """Go on to the next stage, if there is one, with A's strongest candidates (P-DARTS §3.2)."""
+    run.state["stage"] += 1
+    if run.state["stage"] < len(run.args.layers):
+        run.state["kept"] = A.prune(run.args.keep[run.state["stage"] - 1])
 
-    Returns (supernets, their optimizers, alphas, optimizer of alphas).
-    """
-    args, stage, kept = run.args, run.state["stage"], run.state["kept"]
-    seed_all(args.seed, stage)
-    nets = [place(Supernet(args.channels, n, args.layers[stage], kept, args.partial,
-                           args.auxiliary_skip, "imagenet" in task_names(args)), device)
-            for n in classes]
-    opts = [torch.optim.SGD(net.parameters(), args.lr, args.momentum,
-                            weight_decay=args.weight_decay) for net in nets]
-    alphas = initial_alphas(device, kept, args.partial)
-    alpha_opt = torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999),
-                                 weight_decay=args.alpha_weight_decay)
+
+def new_architecture(run, device):
+    """Return A, with which a stage starts, and its Adam; a function of (seed, stage)."""
+    args, kept = run.args, run.state.get("kept", ALL)
+    seed_all("architecture", args.seed, run.state["stage"])
+    A = Architecture(kept, args.partial, args.max_skips).to(device)
+    return A, torch.optim.Adam(A.parameters(), args.alpha_lr, (0.5, 0.999),
+                               weight_decay=args.alpha_weight_decay)
+
+
+def new_networks(run, sets: list[Images], device):
+    """Return the supernets with which a stage starts, one for each data set of `sets`, and their
+    SGDs; a function of (seed, stage)."""
+    args, stage, kept = run.args, run.state["stage"], run.state.get("kept", ALL)
+    seed_all("networks", args.seed, stage)
+    nets = [place(Supernet(args.channels, len(data.classes), args.layers[stage], kept, args.partial,
+                           args.auxiliary_skip, data.large), device) for data in sets]
     print(f"stage {stage + 1} of {len(args.layers)}: {args.layers[stage]} cells, "
-          f"{args.candidates[stage]} candidates an edge")
-    return nets, opts, alphas, alpha_opt
+          f"{len(kept[0][0])} candidates an edge")
+    return nets, [torch.optim.SGD(net.parameters(), args.lr, args.momentum,
+                                  weight_decay=args.weight_decay) for net in nets]
 
 
 def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
@@ -1309,39 +1561,37 @@ def cosine(start: float, end: float, epoch: int, epochs: int) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def schedule(args, stage: int, epoch: int, nets, opts, other_opt=None, other_lr=0.0) -> bool:
+def set_epoch(args, stage: int, epoch: int, A, nets, opts, other_opt=None, other_lr=0.0):
     """Set what changes from epoch to epoch of a stage: the learning rates, DARTS-'s auxiliary skip,
-    P-DARTS' skip dropout. Returns whether A learns in this epoch.
+    P-DARTS' skip dropout.
 
     other_opt: of a learner that has no stages (LPT's tester, LeaSE's audience); its rate falls from
     other_lr to 0 over all of them.
     """
-    learns, last = epoch >= args.warm_up, args.epochs - 1
-    rate = args.skip_dropout[stage] * (math.exp(-0.2 * (epoch - args.warm_up)) if learns else
-                                       (args.epochs - epoch - 1) / args.epochs)
+    A.epoch, last = epoch, args.epochs - 1
+    falling = (math.exp(-0.2 * (epoch - args.warm_up)) if learns(args, epoch) else
+               (args.epochs - epoch - 1) / args.epochs)
     for net, opt in zip(nets, opts):
         opt.param_groups[0]["lr"] = cosine(args.lr, args.lr_min, epoch, args.epochs)
-        net.knobs.skip_dropout = rate
+        net.knobs.skip_dropout = args.skip_dropout[stage] * falling
         net.knobs.auxiliary = args.auxiliary_skip * (1 - epoch / last if args.epochs > 1 else 0)
     if other_opt:
         other_opt.param_groups[0]["lr"] = cosine(other_lr, 0, stage * args.epochs + epoch,
                                                  len(args.layers) * args.epochs)
-    return learns
 
 
-def end_epoch(run, alphas: list[Tensor], **figures: float):
+def learns(args, epoch: int) -> bool:
+    """Return whether A learns in an epoch of a stage."""
+    return epoch >= args.warm_up
+
+
+def end_epoch(run, A, **figures: float):
     """Write what an epoch of a search leaves behind: its line in the log, the cell and drawings.
     Ends the search if its cell has too many skip connections (DARTS+)."""
-    args, cell = run.args, decode(alphas, run.args.max_skips)
-    skips = sum(op == "skip_connect" for op, _ in decode(alphas).normal)
-    if 0 < args.stop_at_skips <= skips:
-        run.state["stopped"] = f"the normal cell has {skips} skip connections"
-    p = {kind: F.softmax(alpha.detach(), -1) for kind, alpha in zip(("normal", "reduce"), alphas)}
-    entropy = torch.special.entr(torch.cat([*p.values()]).cpu()).sum(-1).mean().item()      # nats
-    history = run.log_epoch(
-        {"alpha_entropy": entropy, "skip_connections": skips, **figures},
-        {"mean_weights": {kind: rows.mean(0).tolist() for kind, rows in p.items()},    # over edges
-         "genotype": cell._asdict()})
+    args, cell, (report, weights) = run.args, A.cell(), A.report()
+    if 0 < args.stop_at_skips <= report["skip_connections"]:
+        run.state["stopped"] = f"the normal cell has {report['skip_connections']} skip connections"
+    history = run.log_epoch(report | figures, {"mean_weights": weights, "genotype": cell._asdict()})
     title = f"{args.out.name}, epoch {len(history)}"
     write(args.out / "genotype.json", to_json(cell))
     write(args.out / "cells.svg", to_svg(cell, title))
@@ -1352,7 +1602,9 @@ def print_next(args):
     """Print where a search's cell is, and the commands that evaluate it."""
     print(f"The cell is in {args.out}/genotype.json, drawn in cells.svg. Train it:")
     for dataset in task_names(args):
-        words = ["--arch", f"{args.out}/genotype.json", "--dataset", dataset, "--data", args.data]
+        words = ["--arch", f"{args.out}/genotype.json", "--dataset", dataset]
+        if dataset in ("cifar10", "cifar100", "folder", "imagenet"):  # the others name their place
+            words += ["--data", args.data]
         words += ["--image-size", args.image_size] if args.image_size else []
         words += ["--hold-out", args.hold_out] if args.hold_out else []
         words += ["--no-flip"] * (not args.flip) + ["--quick"] * args.quick
@@ -1368,17 +1620,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def mixed_seed(*keys: int) -> int:
-    """Return a 64-bit seed from several numbers."""
+def mixed_seed(purpose: str, *keys: int) -> int:
+    """Return a 64-bit seed, another one for every purpose and for other numbers."""
+    keys = zlib.crc32(purpose.encode()), len(keys), *keys         # it drops zeros at the end
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
 
 
-def seed_all(*keys: int):
-    """Set torch's generators as a pure function of `keys`, each GPU's to another state: the
+def seed_all(purpose: str, *keys: int):
+    """Set torch's generators as a pure function of the arguments, each GPU's to another state: the
     replicas of DataParallel must not drop the same paths."""
-    torch.manual_seed(mixed_seed(*keys))
+    torch.manual_seed(mixed_seed(purpose, *keys))
     for i, generator in enumerate(torch.cuda.default_generators):
-        generator.manual_seed(mixed_seed(*keys, i))
+        generator.manual_seed(mixed_seed(f"{purpose}, GPU {i}", *keys))
 
 
 @contextlib.contextmanager
@@ -1407,17 +1660,16 @@ def autocast(device, on: bool):
 # A step launches thousands of small kernels, and a GPU waits for each. With --graphs a pass's
 # kernels are recorded once an epoch and replayed together.
 
-recordings = {}         # of this epoch: (pass, shapes) -> its graph, what it was given, its result
-
 
 def graphed(function):
     """Make function(m, batches, args, ...) of learners m a CUDA graph if args.graphs is set.
 
     A replay repeats the recorded kernels, with the numbers that they were given, in the memory that
     they used. Such numbers, as learning rates, change between epochs, and momenta exist after the
-    first step: so in each epoch (Run.steps) a pass runs as it is, is recorded at its second call
-    and replayed from then on. Tensors among the arguments are copied into those of the recording;
-    whatever m holds must stay where it is. Each call overwrites the result of the one before.
+    first step: so in each epoch (Run.steps drops m.recordings) a pass runs as it is, is recorded at
+    its second call and replayed from then on. Tensors among the arguments are copied into those of
+    the recording; whatever m holds must stay where it is. Each call overwrites the result of the
+    one before.
     """
     @functools.wraps(function)
     def call(m, batches, args, *more):
@@ -1425,15 +1677,15 @@ def graphed(function):
             return function(m, batches, args, *more)
         given = [t for t in tree_leaves((batches, more)) if torch.is_tensor(t)]
         key = function, *(t.shape for t in given)
-        if key not in recordings:
-            recordings[key] = None
+        if key not in m.recordings:
+            m.recordings[key] = None
             return function(m, batches, args, *more)
-        if recordings[key] is None:
+        if m.recordings[key] is None:
             graph = torch.cuda.CUDAGraph()
-            pool = next((made[0].pool() for made in recordings.values() if made), None)
+            pool = next((made[0].pool() for made in m.recordings.values() if made), None)
             with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-                recordings[key] = graph, given, function(m, batches, args, *more)
-        graph, recorded, result = recordings[key]
+                m.recordings[key] = graph, given, function(m, batches, args, *more)
+        graph, recorded, result = m.recordings[key]
         with torch.no_grad():
             for old, new in zip(recorded, given):
                 if old is not new:
@@ -1452,6 +1704,6 @@ def refuse_graphs(args, device):
              "evaluate.py needs exactly one visible GPU, e.g. CUDA_VISIBLE_DEVICES=0"),
             (getattr(args, "gradient", "") != "exact", "not with --gradient exact"),
             (not any(getattr(args, "skip_dropout", ())), "not with --base pdarts, whose skip "
-             "dropout draws from a generator of its own")):
+             "dropout draws the same numbers in every pass")):
         if not fits:
             raise BadInput(f"--graphs: {why}")

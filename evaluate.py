@@ -91,17 +91,17 @@ class Network(nn.Module):
     """Stacked cells, reductions at 1/3 and 2/3. x (N, 3, H, W) -> logits and, in training with an
     auxiliary head, its logits, else None.
 
-    imagenet: three convolutions of stride 2 come first; size: (H, W) of the images; amp: compute in
-    bfloat16, which DataParallel's threads learn only from the module itself.
+    size: (H, W) of the images; large ones (ops.LARGE) pass three convolutions of stride 2 first;
+    amp: compute in bfloat16, which DataParallel's threads learn only from the module itself.
     """
 
-    def __init__(self, genotype, C, num_classes, layers, auxiliary=True, imagenet=False,
-                 size=(32, 32), amp=False):
+    def __init__(self, genotype, C, num_classes, layers, auxiliary=True, size=(32, 32), amp=False):
         super().__init__()
+        large = min(size) >= ops.LARGE
         self.drop_path, self.auxiliary_at, self.amp = 0.0, 2 * layers // 3, amp
-        self.stem0, self.stem1, C_prev = ops.stem(C, imagenet)
-        self.cells, C_prev_prev, reduction, self.auxiliary = nn.ModuleList(), C_prev, imagenet, None
-        size = [-(-n // 8) if imagenet else n for n in size]
+        self.stem0, self.stem1, C_prev = ops.stem(C, large)
+        self.cells, C_prev_prev, reduction, self.auxiliary = nn.ModuleList(), C_prev, large, None
+        size = [-(-n // 8) if large else n for n in size]
         for i in range(layers):
             reduction_prev, reduction = reduction, i in (layers // 3, 2 * layers // 3)
             C, size = (2 * C, [-(-n // 2) for n in size]) if reduction else (C, size)
@@ -144,15 +144,18 @@ RECIPE_IMAGENET = dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0
                        warm_up=5, decay="linear", weight_decay=3e-5, label_smoothing=0.1,
                        drop_path=0.0, image_size=224)          # Skillearn §3.2.2, P-DARTS §4.3
 QUICK = dict(dataset="synthetic", image_size=16, layers=5, channels=8, epochs=4, batch_size=50,
-             warm_up=0, log_every=10)
+             warm_up=0, cutout=4, log_every=10)
 
 
 def recipe(chosen) -> dict:
-    """Return the defaults for the chosen cell, data set, image size and --quick."""
-    imagenet, size = chosen.dataset == "imagenet", chosen.image_size or 32
-    cutout = 0 if imagenet else 4 if chosen.quick else min(16, size // 2)
-    return (genotypes.recipe(origin(chosen.arch or ""), chosen.dataset) | {"cutout": cutout}
-            | (RECIPE_IMAGENET if imagenet else {}) | (QUICK if chosen.quick else {}))
+    """Return the defaults for the chosen cell, data set and --quick: drop-path as in P-DARTS' and
+    PC-DARTS' papers on their cells, and the batch of IL and JL on them (Skillearn §4.3.1)."""
+    found = origin(chosen.arch or "")
+    on_them = found["base"] in ("pdarts", "pcdarts")
+    return (dict(drop_path=0.3 if on_them else 0.2,
+                 batch_size=64 if on_them and found.get("method") == "il" else 96)
+            | (RECIPE_IMAGENET if chosen.dataset == "imagenet" else {})
+            | (QUICK if chosen.quick else {}))
 
 
 def get_args(argv=None):
@@ -187,9 +190,9 @@ def get_args(argv=None):
         help="clip the gradient to this norm; 0: do not clip")
     add("--label-smoothing", type=ops.number(float, 0, 1), default=0.0,
         help="label smoothing of the training loss")
-    add("--cutout", type=ops.number(int, 0), default=16,
-        help="side in pixels of the square that is erased from training images; half of "
-             "--image-size if that is below 32; 0: none")
+    add("--cutout", type=ops.number(int, 0),
+        help="side in pixels of the square that is erased from training images; unless given, 16 "
+             "or half of the image if that is less, and none from images of 96 pixels or more")
     add("--auxiliary", action=ops.flag, default=True, help="train with the auxiliary head")
     add("--auxiliary-weight", type=real, default=0.4,
         help="weight of the auxiliary head's loss")
@@ -201,28 +204,30 @@ def get_args(argv=None):
     args, checkpoint = ops.parse(parser, argv, "evaluate", recipe)
     if not args.arch and not args.summary:
         raise ops.BadInput("--arch: name a cell to evaluate")
-    if args.cutout and args.dataset == "imagenet":
-        raise ops.BadInput("--cutout: not for the images of imagenet")
     return args, checkpoint
 
 
 def origin(arch: str) -> dict:
-    """Return a cell's row in the papers' tables, or its own name, and the data it was found on; if
-    it lies in a search's run folder, also what that search cost."""
+    """Return a cell's row in the tables, or its own name, the data and the base it was found on. If
+    it lies in a search's run folder, also that data's fingerprint, how many of its images the
+    search held out and what it cost; the row tells if the search has not come to its end."""
     known, file = genotypes.PUBLISHED.get(arch), ops.path(arch)
     if known:
-        return {"cell": known.row, "found_on": known.found_on}
-    other = {"cell": "random" if arch.startswith("random:") else arch, "found_on": ""}
+        return {"cell": known.row, "found_on": known.found_on, "base": known.base}
+    other = {"cell": "random" if arch.startswith("random:") else arch, "found_on": "", "base": ""}
     if file.name != "genotype.json":
         return other
     try:
-        folder = file.parent
-        search = json.loads((folder / "run.json").read_text())
-        history = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        args = search["args"]
+        search = json.loads((file.parent / "run.json").read_text())
+        lines = (file.parent / "log.jsonl").read_text().splitlines()
+        history, args, done = [json.loads(line) for line in lines], search["args"], len(lines)
+        ended = done == search["epochs"] or "stopped" in history[-1]
         data = args.get("tasks") or [args["dataset"]]
-        return {"cell": genotypes.row(search["method"], args),
+        left = "" if ended else f", after {done} of {search['epochs']} epochs"
+        return {"cell": search["row"] + left,
                 "found_on": "+".join(name.partition(":")[0] for name in data),
+                "base": args["base"], "method": search["method"], "ended": ended,
+                "found_in": search["data"], "search_hold_out": args["hold_out"],
                 "search_days": sum(line["seconds"] for line in history) / 86400
                 * search["world_size"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -238,11 +243,11 @@ def count_parameters(args):
     classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
     if classes is None:
         raise ops.BadInput("--count-params: for --dataset cifar10, cifar100 or imagenet")
-    side = args.image_size or 32
+    size = (args.image_size or 32,) * 2
     network = Network(genotypes.load(args.arch), args.channels, classes, args.layers, False,
-                      args.dataset == "imagenet").eval()
+                      size).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, side, side))
+        network(torch.zeros(1, 3, *size))
     print(json.dumps({"arch": args.arch, "dataset": args.dataset,
                       "params_M": round(count_params(network), 3),
                       "multiply_adds_M": round(counter.get_total_flops() / 2e6, 1)}))
@@ -253,20 +258,23 @@ NETWORK = ("layers", "channels", "epochs")                        # a column of 
 
 def summary(folders: list[Path]) -> str:
     """Return a Markdown table of the results in folders and below them: a line per data set,
-    network, cell and settings, whose seeds it takes together. Data are told apart by content. The
-    papers' figures are shown only for their own settings."""
+    network, cell and settings, whose seeds it takes together. Data, for training, for the test and
+    of the search, are told apart by content. The papers' figures are shown only for their own
+    settings."""
     groups = {}
     for file in sorted({each.resolve() for top in folders for each in top.rglob("result.json")}):
         try:
             r = json.loads(file.read_text())
             network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
-            on = f" found on {r['found_on']}" if r["dataset"] == "imagenet" else ""
+            on = f" found on {r['found_on']}" * (r["found_on"] not in ("", r["dataset"]))
             how = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in
                             sorted(r["changed"].items()) if name not in NETWORK)
             cell = r["cell"] + on + (f", trained with {how}" if how else "")
             paper = ("-", "-") if r["changed"] else genotypes.paper_errors(
                 r["cell"], r["found_on"], r["dataset"])
-            groups.setdefault((r["data"], network, cell, r["fingerprint"]), (paper, []))[1].append((
+            key = (r["data"], network, cell, r["fingerprint"], r["test_fingerprint"],
+                   str(r.get("found_in")))
+            groups.setdefault(key, (paper, []))[1].append((
                 r["test_error"], r["top5_error"], r["params_M"], str(r["genotype"]),
                 r.get("search_days")))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -276,7 +284,7 @@ def summary(folders: list[Path]) -> str:
         raise ops.BadInput(f"--summary: no result.json in {', '.join(map(str, folders))}")
     lines = ["| cell | data | network | test error, % | top-5 | n | parameters, M | search, "
              "device-days | paper: error | top-5 |", "|---" * 10 + "|"]
-    for (data, network, cell, _), (paper, runs) in sorted(groups.items()):
+    for (data, network, cell, *_), (paper, runs) in sorted(groups.items()):
         errors, top5, params, cells, days = zip(*runs)
         found, n = len(set(cells)), len(runs)
         count = f"{n} cells" if found == n > 1 else f"{n} trainings of {found}" if n > 1 else "1"
@@ -318,33 +326,50 @@ def gradient(m: Learner, batch, args):
             (logits.argmax(1) == y).float().mean())
 
 
+def chosen_cell(args, checkpoint) -> tuple[genotypes.Genotype, dict]:
+    """Return the cell to train and its origin; a run that goes on takes its checkpoint's. Raises
+    BadInput if the cell has changed since."""
+    if not checkpoint:
+        return genotypes.load(args.arch), origin(args.arch)
+    cell = genotypes.validate(json.loads(checkpoint["genotype"]), str(args.out))
+    try:
+        now = genotypes.load(args.arch)
+    except ops.BadInput:                                          # its file is elsewhere
+        now = cell
+    if now != cell:
+        raise ops.BadInput(f"--resume: {args.arch} is not the cell that {args.out} began with")
+    return cell, checkpoint["origin"]
+
+
 def train(args, checkpoint):
     """Train a cell's network and test it once, after the last epoch: result.json."""
-    imagenet = args.dataset == "imagenet"
-    genotype = (genotypes.validate(json.loads(checkpoint["genotype"]), str(args.out))
-                if checkpoint else genotypes.load(args.arch))
+    genotype, found = chosen_cell(args, checkpoint)
+    if not found.get("ended", True):
+        print(f"note: the search of this cell has not ended: {found['cell']}")
     device = ops.start(args)
     data = ops.load_images(args.dataset, args, device)
     *halves, held = ops.split_rows(data.labels, args.seed, args.hold_out)
     rows = np.sort(np.concatenate(halves))
-    stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.flip, args.cutout)
+    cutout = args.cutout
+    if cutout is None:
+        cutout = 0 if data.large else min(16, min(data.size) // 2)
+    stream = ops.Stream(data, rows, args.batch_size, args.seed, "evaluate", args.flip, cutout)
     test_data, test_rows = data, held
     if not args.hold_out:
-        test_data = ops.load_images(args.dataset, args, device, data.classes)
-        if test_data.size != data.size:
-            raise ops.BadInput("the test images are {} x {} pixels, the training images {} x {}: "
-                               "give --image-size".format(*test_data.size, *data.size))
-        test_data.mean, test_data.std = data.mean, data.std
-        test_rows = range(len(test_data.labels))
-    if args.cutout >= min(data.size):
-        raise ops.BadInput(f"--cutout {args.cutout} erases whole images of {min(data.size)} "
-                           f"pixels; --cutout {min(data.size) // 2} is half their side")
+        test_data = ops.load_images(args.dataset, args, device, data)
+        test_rows = np.arange(len(test_data.labels))
     network_args = dict(C=args.channels, num_classes=len(data.classes), layers=args.layers,
-                        auxiliary=args.auxiliary, imagenet=imagenet, size=list(data.size))
-    run = ops.Run("evaluate", args, checkpoint, [data], {
-        "network": network_args, "genotype": genotypes.to_json(genotype), "classes": data.classes,
-        "mean": data.mean.flatten().tolist(), "std": data.std.flatten().tolist()})
-    torch.manual_seed(args.seed)
+                        auxiliary=args.auxiliary, size=list(data.size))
+    run = ops.Run("evaluate", args, checkpoint, [data], found["cell"], {
+        "network": network_args, "genotype": genotypes.to_json(genotype), "origin": found,
+        "classes": data.classes, "zoom": data.zoom, "mean": data.mean.flatten().tolist(),
+        "std": data.std.flatten().tolist()})
+    if run.about["data"][0] in found.get("found_in", ()) and (
+            args.hold_out > found["search_hold_out"]):
+        raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
+                           f"{found['search_hold_out']} of these images and learned from the rest")
+
+    ops.seed_all("network", args.seed)
     network = model = ops.place(Network(genotype, **network_args, amp=args.amp == "bf16"), device)
     if dist.is_initialized():
         model = nn.parallel.DistributedDataParallel(
@@ -363,34 +388,41 @@ def train(args, checkpoint):
     for epoch in run.epochs(stream.epoch_steps()):
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         network.drop_path = args.drop_path * epoch / args.epochs
-        for step in run.steps():
+        for step in run.steps(m):
             grads, loss, accuracy = gradient(m, stream(step), args)
             ops.descend(optimizer, grads, "the network", args.grad_clip)
             run.log_step(train_loss=loss, train_accuracy=accuracy)
         run.log_epoch()
 
     with ops.evaluating(network):
-        top1, top5 = ops.accuracies(lambda x: network(x)[0], test_data, test_rows, args.batch_size,
-                                    top=(1, 5))
-    history = run.state["history"]
+        hits = ops.hits(lambda x: network(x)[0], test_data, test_rows, args.batch_size, top=(1, 5))
+    images = torch.bincount(test_data.labels[test_rows], minlength=len(data.classes))
+    wrong = 100 * (1 - hits.sum(0) / len(test_rows))              # of all; for top 1 and top 5
+    by_class = {name: round(100 * (1 - (right / n).item()), 4)
+                for name, right, n in zip(data.classes, hits[:, 0], images) if n}
+    history, top5 = run.state["history"], len(data.classes) > 5
     dataset, _, option = args.dataset.partition(":")
-    where, many = args.dataset, len(data.classes) > 5
+    where = args.dataset
     if dataset == "folder":
         where = ops.path(option or args.data).resolve().name
     changed = {k: v for k, v in args.changed.items() if k not in ("arch", "dataset", "seed")}
-    result = {"arch": args.arch, **origin(args.arch), "dataset": dataset, "data": where,
-              "fingerprint": run.about["data"][0], "genotype": genotype._asdict(),
-              "test_error": round(100 * (1 - top1), 4),
-              "top5_error": round(100 * (1 - top5), 4) if many else None,
+    result = {"arch": args.arch, **found, "dataset": dataset, "data": where,
+              "fingerprint": run.about["data"][0],
+              "test_fingerprint": f"{test_data.fingerprint()}, {len(test_rows)} images",
+              "genotype": genotype._asdict(), "test_error": round(wrong[0].item(), 4),
+              "top5_error": round(wrong[1].item(), 4) if top5 else None, "class_errors": by_class,
               "test_images": len(test_rows), "params_M": round(params, 3), "layers": args.layers,
               "channels": args.channels, "epochs": args.epochs, "seed": args.seed,
               "drop_path": args.drop_path, "changed": changed,
               "train_loss": history[-1]["train_loss"],
               "seconds": sum(line["seconds"] for line in history)}
     ops.write(args.out / "result.json", json.dumps(result, indent=1) + "\n")
-    top5_too = f" (top-5 error {100 * (1 - top5):.2f}%)" if many else ""
-    print(f"test error {100 * (1 - top1):.2f}%{top5_too} after the last epoch, on {len(test_rows)} "
+    top5_too = f" (top-5 error {wrong[1]:.2f}%)" if top5 else ""
+    print(f"test error {wrong[0]:.2f}%{top5_too} after the last epoch, on {len(test_rows)} "
           f"images; {args.out}/result.json")
+    if lost := [name for name, error in by_class.items() if error == 100]:
+        print(f"every test image is wrong of {len(lost)} of {len(by_class)} classes: "
+              f"{', '.join(lost[:5])}{', ...' * (len(lost) > 5)}")
 
 
 def cross_entropy(logits, y, label_smoothing):
@@ -423,9 +455,7 @@ def load(folder, device="cpu"):
 
     Reads weights and plain values alone, their checksums compared. Raises BadInput.
     """
-    saved = ops.read_checkpoint(Path(folder))
-    if saved["method"] != "evaluate":
-        raise ops.BadInput(f"{folder} is a run of {saved['method']}.py, not evaluate.py")
+    saved = ops.read_checkpoint(Path(folder), "evaluate")
     done, epochs = len(saved["run"]["history"]), saved["args"]["epochs"]
     if done < epochs:
         raise ops.BadInput(f"{folder} has been trained for {done} of {epochs} epochs; finish it "
@@ -433,7 +463,6 @@ def load(folder, device="cpu"):
     genotype = genotypes.validate(json.loads(saved["genotype"]), str(folder))
     network = Network(genotype, **saved["network"])
     network.load_state_dict(saved["parts"]["network"])
-    size, zoom = saved["network"]["size"], 256 / 224 if saved["network"]["imagenet"] else 1
     mean, std = (torch.tensor(saved[name]).view(3, 1, 1) for name in ("mean", "std"))
 
     def transform(image):
@@ -441,7 +470,7 @@ def load(folder, device="cpu"):
             if image.dtype != torch.uint8:
                 raise ops.BadInput(f"an image is a PIL image or a uint8 tensor, not {image.dtype}")
             image = v2.functional.to_pil_image(image)
-        image = ops.centre(ops.as_rgb(image), size, zoom)
+        image = ops.centre(ops.as_rgb(image), saved["network"]["size"], saved["zoom"])
         return ops.normalised(v2.functional.pil_to_tensor(image)[None], mean, std)[0]
 
     return ops.place(network, device).eval(), saved["classes"], transform

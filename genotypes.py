@@ -26,8 +26,9 @@ PRIMITIVES = ["none", "max_pool_3x3", "avg_pool_3x3", "skip_connect",
 SHORT = dict(zip(["none", "max", "avg", "skip", "sep3", "sep5", "dil3", "dil5"], PRIMITIVES))
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
-# row: its name in the papers' tables; found_on: the data of its search; source: who published it
-Published = namedtuple("Published", "row found_on source normal reduce")
+# row: its name in the papers' tables; base: the search that it was found with; found_on: that
+# search's data; source: who published it
+Published = namedtuple("Published", "row base found_on source normal reduce")
 
 
 class BadInput(Exception):
@@ -43,95 +44,97 @@ def path(text: str) -> Path:
 # tables are those of Skillearn. LPT_PDARTS is the cell of Tables 7 (CIFAR-100) and 9 (ImageNet).
 PUBLISHED = {
     "DARTS_V1": Published(
-        "DARTS-1st", "cifar10", "Liu et al. 2019",
+        "DARTS-1st", "darts-1st", "cifar10", "Liu et al. 2019",
         "sep3:1 sep3:0 | skip:0 sep3:1 | skip:0 sep3:1 | sep3:0 skip:2",
         "max:0 max:1 | skip:2 max:0 | max:0 skip:2 | skip:2 avg:0"),
     "DARTS_V2": Published(
-        "DARTS-2nd", "cifar10", "Liu et al. 2019",
+        "DARTS-2nd", "darts-2nd", "cifar10", "Liu et al. 2019",
         "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:1 skip:0 | skip:0 dil3:2",
         "max:0 max:1 | skip:2 max:1 | max:0 skip:2 | skip:2 max:1"),
     "PDARTS": Published(
-        "P-DARTS", "cifar10", "Chen et al. 2019",
+        "P-DARTS", "pdarts", "cifar10", "Chen et al. 2019",
         "skip:0 dil3:1 | skip:0 sep3:1 | sep3:1 sep3:3 | sep3:0 dil5:4",
         "avg:0 sep5:1 | sep3:0 dil5:2 | max:0 dil3:1 | dil3:1 dil5:3"),
     "PC_DARTS_cifar": Published(
-        "PC-DARTS", "cifar10", "Xu et al. 2020",
+        "PC-DARTS", "pcdarts", "cifar10", "Xu et al. 2020",
         "sep3:1 skip:0 | sep3:0 dil3:1 | sep5:0 sep3:1 | avg:0 dil3:1",
         "sep5:1 max:0 | sep5:1 sep5:2 | sep3:0 sep3:3 | sep3:1 sep3:2"),
     "PC_DARTS_image": Published(
-        "PC-DARTS", "imagenet", "Xu et al. 2020",
+        "PC-DARTS", "pcdarts", "imagenet", "Xu et al. 2020",
         "skip:1 sep3:0 | sep3:0 skip:1 | sep3:1 sep3:3 | sep3:1 dil5:4",
         "sep3:0 skip:1 | dil5:2 max:1 | sep3:2 sep3:1 | sep5:0 sep3:3"),
     "LPT_DARTS_1ST_R18_CIFAR100": Published(
-        "LPT-R18-DARTS-1st", "cifar100", "authors' DARTS_CIFAR100_TS_1ST",
+        "LPT-R18-DARTS-1st", "darts-1st", "cifar100", "authors' DARTS_CIFAR100_TS_1ST",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
         "avg:0 avg:1 | skip:2 avg:0 | skip:2 avg:0 | skip:2 avg:0"),
     "LPT_DARTS_R18_CIFAR100": Published(
-        "LPT-R18-DARTS-2nd", "cifar100", "authors' DARTS_CIFAR100_TS_18",
+        "LPT-R18-DARTS-2nd", "darts-2nd", "cifar100", "authors' DARTS_CIFAR100_TS_18",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 skip:1 | skip:0 skip:1",
         "avg:0 skip:1 | avg:0 skip:2 | avg:0 skip:2 | skip:2 avg:0"),
     "LPT_DARTS_R50_CIFAR100": Published(
-        "LPT-R50-DARTS-2nd", "cifar100", "authors' DARTS_CIFAR100_TS_50",
+        "LPT-R50-DARTS-2nd", "darts-2nd", "cifar100", "authors' DARTS_CIFAR100_TS_50",
         "sep3:0 sep3:1 | skip:0 skip:1 | skip:0 dil3:1 | skip:0 dil3:1",
         "max:1 max:0 | max:0 dil5:2 | skip:2 max:0 | skip:2 max:0"),
     "LPT_DARTS_PLUS_R18_CIFAR100": Published(
-        "LPT-R18-DARTS+", "cifar100", "authors' DARTS_CIFAR100_TS_18_ES",
+        "LPT-R18-DARTS+", "darts+", "cifar100", "authors' DARTS_CIFAR100_TS_18_ES",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | sep5:2 skip:0",
         "max:0 skip:1 | max:0 skip:2 | max:0 sep5:3 | max:0 skip:2"),
     "LPT_PDARTS": Published(
-        "LPT-R18-P-DARTS", "cifar100", "authors' PDARTS_TS_CIFAR100",
+        "LPT-R18-P-DARTS", "pdarts", "cifar100", "authors' PDARTS_TS_CIFAR100",
         "sep3:0 sep5:1 | skip:0 sep3:1 | sep3:0 skip:2 | sep3:0 sep3:1",
         "dil3:0 avg:1 | dil3:1 sep5:2 | sep5:1 sep5:2 | avg:0 dil5:2"),
     "LPT_PDARTS_R50_CIFAR100": Published(
-        "LPT-R50-P-DARTS", "cifar100", "authors' PDARTS_TS_50_CIFAR100",
+        "LPT-R50-P-DARTS", "pdarts", "cifar100", "authors' PDARTS_TS_50_CIFAR100",
         "skip:0 dil5:1 | sep3:0 sep3:1 | max:0 skip:2 | sep3:0 sep3:1",
         "avg:0 sep3:1 | avg:0 dil3:2 | avg:0 sep3:3 | avg:0 sep3:2"),
     "LPT_DARTS_MINUS_R18_CIFAR100": Published(
-        "LPT-R18-DARTS-", "cifar100", "authors' DARTS_MINUS_TS_CIFAR100_NEW",
+        "LPT-R18-DARTS-", "darts-", "cifar100", "authors' DARTS_MINUS_TS_CIFAR100_NEW",
         "sep3:0 sep3:1 | sep3:0 skip:1 | dil5:0 skip:1 | skip:0 skip:1",
         "sep3:0 sep5:1 | skip:2 avg:1 | skip:2 skip:3 | skip:2 skip:3"),
     "LPT_DARTS_1ST_R18_CIFAR10": Published(
-        "LPT-R18-DARTS-1st", "cifar10", "authors' DARTS_CIFAR10_TS_1ST",
+        "LPT-R18-DARTS-1st", "darts-1st", "cifar10", "authors' DARTS_CIFAR10_TS_1ST",
         "sep3:0 dil5:1 | skip:0 sep5:1 | skip:0 dil3:1 | skip:0 dil3:1",
         "max:0 max:1 | skip:2 max:0 | max:1 skip:2 | skip:2 skip:3"),
     "LPT_DARTS_R18_CIFAR10": Published(
-        "LPT-R18-DARTS-2nd", "cifar10", "authors' DARTS_CIFAR10_TS_18_V2",
+        "LPT-R18-DARTS-2nd", "darts-2nd", "cifar10", "authors' DARTS_CIFAR10_TS_18_V2",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 dil5:1",
         "avg:0 avg:1 | avg:0 skip:2 | skip:2 avg:1 | avg:0 skip:2"),
     "LPT_DARTS_R50_CIFAR10": Published(
-        "LPT-R50-DARTS-2nd", "cifar10", "authors' DARTS_CIFAR10_TS_50",
+        "LPT-R50-DARTS-2nd", "darts-2nd", "cifar10", "authors' DARTS_CIFAR10_TS_50",
         "sep3:0 sep3:1 | sep3:0 sep3:1 | sep3:0 skip:1 | skip:0 dil3:1",
         "dil3:0 sep3:1 | max:0 skip:2 | skip:2 skip:3 | skip:2 skip:3"),
     "LPT_DARTS_PLUS_R18_CIFAR10": Published(
-        "LPT-R18-DARTS+", "cifar10", "authors' DARTS_CIFAR10_TS_18_ES",
+        "LPT-R18-DARTS+", "darts+", "cifar10", "authors' DARTS_CIFAR10_TS_18_ES",
         "sep3:0 sep3:1 | skip:0 sep5:1 | sep3:0 sep3:1 | skip:0 sep5:1",
         "avg:0 avg:1 | avg:0 skip:2 | skip:2 max:0 | avg:0 skip:2"),
     "LPT_DARTS_MINUS_R18_CIFAR10": Published(
-        "LPT-R18-DARTS-", "cifar10", "authors' DARTS_MINUS_TS_CIFAR10_NEW",
+        "LPT-R18-DARTS-", "darts-", "cifar10", "authors' DARTS_MINUS_TS_CIFAR10_NEW",
         "sep3:1 sep3:0 | sep3:0 sep5:1 | sep3:0 skip:1 | skip:0 skip:1",
         "sep3:1 sep3:0 | skip:2 max:1 | skip:2 skip:3 | skip:2 skip:3"),
     "LPT_PDARTS_R18_CIFAR10": Published(
-        "LPT-R18-P-DARTS", "cifar10", "authors' PDARTS_TS_CIFAR10",
+        "LPT-R18-P-DARTS", "pdarts", "cifar10", "authors' PDARTS_TS_CIFAR10",
         "sep3:0 sep3:1 | sep3:0 dil3:2 | skip:0 dil3:3 | skip:2 dil5:4",
         "avg:0 dil3:1 | avg:0 dil5:2 | skip:0 sep3:3 | sep3:0 dil3:2"),
     "LPT_PC_DARTS_R18_IMAGENET": Published(
-        "LPT-R18-PC-DARTS", "imagenet", "authors' PCDARTS_TS_IMAGENET",
+        "LPT-R18-PC-DARTS", "pcdarts", "imagenet", "authors' PCDARTS_TS_IMAGENET",
         "sep5:1 dil5:0 | sep3:0 sep3:1 | sep3:1 sep3:3 | sep5:1 sep5:3",
         "sep3:0 sep3:1 | dil5:2 sep5:0 | max:2 dil5:3 | dil5:4 dil5:3"),
     "LPT_PDARTS_CIFAR100_ABLATION_1": Published(
-        "LPT-R18-P-DARTS, ablation 1", "cifar100", "authors' PDARTS_TS_18_CIFAR100_AB_1",
+        "LPT-R18-P-DARTS, ablation 1", "pdarts", "cifar100", "authors' PDARTS_TS_18_CIFAR100_AB_1",
         "dil3:0 sep3:1 | skip:0 sep3:2 | sep3:0 dil3:1 | sep3:0 sep3:3",
         "skip:0 dil5:1 | avg:0 skip:1 | skip:0 sep5:2 | skip:0 sep3:1"),
     "LPT_PDARTS_CIFAR100_ABLATION_2": Published(
-        "LPT-R18-P-DARTS, ablation 2", "cifar100", "authors' PDARTS_TS_18_CIFAR100_AB_4",
+        "LPT-R18-P-DARTS, ablation 2", "pdarts", "cifar100", "authors' PDARTS_TS_18_CIFAR100_AB_4",
         "sep3:0 dil3:1 | sep3:0 skip:1 | max:0 sep3:1 | skip:0 sep5:1",
         "avg:0 skip:1 | avg:0 sep5:2 | avg:0 dil3:1 | avg:0 sep3:4"),
     "LPT_DARTS_CIFAR10_ABLATION_1": Published(
-        "LPT-R18-DARTS-2nd, ablation 1", "cifar10", "authors' DARTS_TS_18_CIFAR10_AB_1",
+        "LPT-R18-DARTS-2nd, ablation 1", "darts-2nd", "cifar10",
+        "authors' DARTS_TS_18_CIFAR10_AB_1",
         "sep3:0 sep3:1 | skip:0 dil5:1 | skip:0 sep3:1 | skip:0 sep3:1",
         "max:0 dil5:1 | skip:2 max:0 | skip:2 avg:0 | skip:2 skip:3"),
     "LPT_DARTS_CIFAR10_ABLATION_2": Published(
-        "LPT-R18-DARTS-2nd, ablation 2", "cifar10", "authors' DARTS_TS_18_CIFAR10_AB_4",
+        "LPT-R18-DARTS-2nd, ablation 2", "darts-2nd", "cifar10",
+        "authors' DARTS_TS_18_CIFAR10_AB_4",
         "sep3:0 sep3:1 | skip:0 dil3:1 | sep3:0 sep3:1 | skip:0 sep3:1",
         "dil3:0 sep3:1 | skip:2 max:1 | skip:2 dil3:3 | skip:2 skip:4"),
 }
@@ -159,13 +162,17 @@ PAPER = {
     "LPT-R18-P-DARTS, ablation 2":   ("17.54±0.07", "-"),
     "LPT-R18-DARTS-2nd, ablation 1": ("-", "2.79±0.06"),
     "LPT-R18-DARTS-2nd, ablation 2": ("-", "2.75±0.03"),
-    "IL-DARTS-2nd":                  ("17.12±0.08", "2.62±0.04"),
-    "IL-P-DARTS":                    ("16.14±0.17", "2.51±0.10"),
-    "IL-PC-DARTS":                   ("17.83±0.14", "2.55±0.11"),
-    "JL-DARTS-2nd":                  ("18.92±0.17", "2.91±0.12"),
-    "JL-P-DARTS":                    ("17.67±0.31", "2.63±0.12"),
-    "JL-PC-DARTS":                   ("18.11±0.27", "2.63±0.05"),
     "LeaSE-R18-DARTS-2nd":           ("19.26", "2.62"),
+}
+# The same of cells that were found on both data sets.
+BOTH = "cifar100+cifar10"
+PAPER_BOTH = {
+    "IL-DARTS-2nd": ("17.12±0.08", "2.62±0.04"),
+    "IL-P-DARTS": ("16.14±0.17", "2.51±0.10"),
+    "IL-PC-DARTS": ("17.83±0.14", "2.55±0.11"),
+    "JL-DARTS-2nd": ("18.92±0.17", "2.91±0.12"),
+    "JL-P-DARTS": ("17.67±0.31", "2.63±0.12"),
+    "JL-PC-DARTS": ("18.11±0.27", "2.63±0.05"),
 }
 # Top-1 and top-5 errors on ImageNet, by row and the data that the cell was found on (Skillearn's
 # Tables 9, 19; LeaSE's 4). IL and JL search on both sets of CIFAR.
@@ -190,51 +197,13 @@ PAPER_IMAGENET = {
 }
 
 
-def row(method: str, args: dict) -> str:
-    """Return the name in the papers' tables of a search with these arguments. It lists those that
-    differ from the paper's: args["changed"]."""
-    base = {"darts-": "DARTS-", "darts+": "DARTS+", "pcdarts": "PC-DARTS", "pdarts": "P-DARTS"}.get(
-        args["base"], args["base"].replace("darts", "DARTS"))
-    named = {"base", "seed", "dataset", "tasks"}
-    if method == "lpt":
-        named |= {"encoder", "ablation"}
-        name = base if args["encoder"] == "none" else f"LPT-R{args['encoder'][6:]}-{base}"
-        name += f", ablation {args['ablation']}" if args["ablation"] else ""
-    elif method == "lease":
-        named |= {"audience"}
-        name = f"LeaSE-R{args['audience'][6:]}-{base}"
-    elif method == "il":
-        named |= {"joint"}
-        name = f"{'JL' if args['joint'] else 'IL'}-{base}"
-        if len(args["tasks"]) == 1:
-            name += " of one task"
-    else:
-        name = f"{method}-{base}"
-    flags = {"lam": "coupling" if method == "il" else "lambda"}
-    return name + "".join(f", {flags.get(k, k).replace('_', '-')} {v}"
-                          for k, v in sorted(args["changed"].items()) if k not in named)
-
-
-def paper_errors(name: str, found_on: str, dataset: str) -> tuple[str, str]:
+def paper_errors(row: str, found_on: str, dataset: str) -> tuple[str, str]:
     """Return the top-1 and top-5 errors that the papers print for a row whose cell was found on
     some data (joined by + if several) and trained on a data set; "-" where they print none."""
     if dataset == "imagenet":
-        return PAPER_IMAGENET.get((name, found_on), ("-", "-"))
-    if dataset not in found_on.split("+") or (found_on != "cifar100+cifar10") == (
-            name.startswith(("IL", "JL"))):
-        return "-", "-"
-    return dict(zip(("cifar100", "cifar10"), PAPER.get(name, ()))).get(dataset, "-"), "-"
-
-
-def recipe(origin: dict, dataset: str) -> dict:
-    """Return the settings of evaluate.py that depend on the cell's row: those of P-DARTS' and
-    PC-DARTS' papers, and the batch of IL and JL on them (Skillearn §4.3.1)."""
-    name = origin["cell"] if origin["found_on"] else ""           # else it has no row
-    on_them = "P-DARTS" in name or "PC-DARTS" in name
-    if dataset == "imagenet":
-        return {}
-    return {"drop_path": 0.3 if on_them else 0.2,
-            "batch_size": 64 if on_them and name.startswith(("IL", "JL")) else 96}
+        return PAPER_IMAGENET.get((row, found_on), ("-", "-"))
+    table = PAPER_BOTH if found_on == BOTH else PAPER if found_on == dataset else {}
+    return dict(zip(("cifar100", "cifar10"), table.get(row, ()))).get(dataset, "-"), "-"
 
 
 def parse(normal: str, reduce: str) -> Genotype:
@@ -256,9 +225,14 @@ def random_cell(seed: int) -> Genotype:
 
 
 def validate(cell: object, where: str) -> Genotype:
-    """Return the genotype in a decoded JSON value. Raises BadInput, naming `where`."""
+    """Return the genotype in a decoded JSON value; its edges may be grouped by node, two each.
+    Raises BadInput, naming `where`."""
+    def edges(part):
+        by_node = all(len(node) == 2 and isinstance(node[0], (list, tuple)) for node in part)
+        return [tuple(edge) for edge in (sum(map(list, part), []) if by_node else part)]
+
     try:
-        found = Genotype(**{name: [tuple(each) if isinstance(each, list) else each for each in part]
+        found = Genotype(**{name: [*part] if name.endswith("concat") else edges(part)
                             for name, part in cell.items()})
         for edges, concat in (found[:2], found[2:]):
             nodes = range(2, 2 + len(edges) // 2)
@@ -275,7 +249,7 @@ def validate(cell: object, where: str) -> Genotype:
 def from_text(text: str, where: str) -> Genotype:
     """Return the last whole cell that a text holds as Genotype(normal=[...], ...), which DARTS'
     code and logs print. Nothing in it is executed. Raises BadInput."""
-    edges, nodes = r"(\[(?:\('\w+',\d\),?)+\])", r"(\[[\d,]+\]|range\(\d,\d\))"
+    edges, nodes = r"(\[(?:\[?\('\w+',\d\)\]?,?)+\])", r"(\[[\d,]+\]|range\(\d,\d\))"
     found = re.findall(rf"Genotype\(normal={edges},normal_concat={nodes},reduce={edges},"
                        rf"reduce_concat={nodes}", "".join(text.split()))
     if not found:
@@ -382,24 +356,27 @@ HUES = ["#2f6fbb", "#b5651d", "#2e8b6f", "#8250df", "#c2497d"]       # lines tha
 
 
 def search_svg(history: list[dict], title: str) -> str:
-    """Return how a search went as a standalone SVG: accuracies, losses, what the architecture does.
+    """Return how a search went as a standalone SVG: accuracies, losses, what the architecture does,
+    whatever else it logs.
 
     history: a dictionary per epoch, as in log.jsonl; mean_weights in the order of PRIMITIVES.
     """
-    def figures(*endings):
-        return {name.replace("_", " "): [line.get(name) for line in history]
-                for name in history[-1] if name.split()[0].endswith(endings)}  # IL's name a task
-
-    charts = {"accuracy": figures("accuracy"), "loss": figures("loss", "difficulty"),
-              "entropy of α, nats": figures("alpha_entropy"),
-              "skip connections": figures("skip_connections")}
+    endings = {"accuracy": ("accuracy",), "loss": ("loss", "difficulty"),
+               "entropy of α, nats": ("alpha_entropy",), "skip connections": ("skip_connections",)}
+    charts = {title: {} for title in endings}
+    for name in history[-1]:
+        if name not in ("epoch", "seconds", "stopped", "mean_weights", "genotype"):
+            title = next((title for title, ends in endings.items()
+                          if name.split()[0].endswith(ends)), "other figures")    # IL's name a task
+            charts.setdefault(title, {})[name.replace("_", " ")] = [line.get(name)
+                                                                    for line in history]
     for kind in ("normal", "reduce"):
         charts[f"{kind} cell, mean weights"] = {
             name: [line["mean_weights"][kind][o] for line in history]
             for o, name in enumerate(PRIMITIVES)}
     parts = [chart(24 + 540 * (i % 2), 66 + 220 * (i // 2), name, lines)
              for i, (name, lines) in enumerate(charts.items())]
-    return svg(title, "\n".join(parts), 1090, 66 + 220 * 3)
+    return svg(title, "\n".join(parts), 1090, 66 + 220 * -(-len(charts) // 2))
 
 
 def chart(left: float, top: float, title: str, lines: dict[str, list]) -> str:
@@ -472,13 +449,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         cell, name = load(args.arch), Path(args.arch).stem.replace(":", "_")
+        known = PUBLISHED.get(args.arch)
+        print(f"{known.row}, found on {known.found_on}; {known.source}" if known else args.arch)
+        print(to_text(cell))
         out = args.out or Path("genotype.svg" if "Genotype(" in args.arch else f"{name}.svg")
-        out.write_text(to_svg(cell, args.arch), encoding="utf-8")
+        drawing = to_svg(cell, args.arch)
+        if out.exists() and not args.out and out.read_text(encoding="utf-8") != drawing:
+            raise BadInput(f"{out} is another file: name the drawing by --out")
+        out.write_text(drawing, encoding="utf-8")
     except (BadInput, OSError) as error:
         parser.error(" ".join(str(error).split()))
-    known = PUBLISHED.get(args.arch)
-    print(f"{known.row}, found on {known.found_on}; {known.source}" if known else args.arch)
-    print(to_text(cell))
     print(f"drawn in {out}")
 
 

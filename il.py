@@ -8,7 +8,7 @@ and learn in turns, for M rounds; each turn's encoder is pulled towards the one 
     s.t.   W*_l, H*_l = argmin  L(A, W_l, H_l, D_k^tr) + lambda |W_l - W*_(l-1)|^2        Eq. 29, 30
     for the stages l = 1 ... MK: tasks 1 ... K of round 1, then of round 2, ... (Eq. 28)
 
-    A  alphas     architecture, shared             D_k^tr   train[l]  (x, y, rows), per stage
+    A  A          architecture, shared             D_k^tr   train[l]  (x, y, rows), per stage
     W  encoder    encoder weights, per stage       D_k^val  val[k]    (x, y, rows), per task
     H  head       a stage's linear head            W', H'   ahead     after a step (W bar, H bar)
     lambda        args.lam, --coupling             eta      eta       the stages' learning rate
@@ -44,7 +44,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import darts_ops as ops
-from darts_ops import at_weights, central_difference, descend, detached, grad, sgd_step
+from darts_ops import (
+    at_weights,
+    central_difference,
+    descend,
+    detached,
+    grad,
+    gradients,
+    sgd_step,
+)
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -84,8 +92,8 @@ def get_args(argv=None):
 
 
 @dataclass
-class Stage:
-    """The learner of one learning stage, with its optimizer."""
+class Learner:
+    """The network of one learning stage, with its optimizer."""
     net: nn.Module
     opt: torch.optim.SGD
 
@@ -105,10 +113,14 @@ class Stage:
 
 @dataclass
 class Learners:
-    """The learners of all stages l = 1 ... MK; alphas is A, which they share."""
-    stages: list[Stage]
-    alphas: list
+    """The learners of all stages l = 1 ... MK, and A, which they share."""
+    stages: list[Learner]
+    A: nn.Module
     alpha_opt: torch.optim.Adam | None = None
+
+    @property
+    def alphas(self) -> list:
+        return list(self.A.parameters())
 
 
 def split(weights):
@@ -119,30 +131,30 @@ def split(weights):
 # ----------------------------------------------------------------------------------------- losses
 
 
-def loss_of(net, alphas, batch):
+def loss_of(net, A, batch):
     """Return L(A, W, H, D) of a stage's network, which may be at other weights."""
     x, y, _ = batch
-    return F.cross_entropy(net(x, alphas), y)                                     # IL Eq. 29
+    return F.cross_entropy(net(x, A), y)                                          # IL Eq. 29
 
 
 def coupled(stepped, w, before, pull, rule):
-    """Return a stage's encoder W'_l after its coupled step (IL Eq. 33).
+    """Return a stage's encoder W'_l after its coupled step, IL Eq. 33.
 
     stepped: after the optimizer's step on L, from w; before: W'_(l-1), the stage before's; pull:
-    Stage.pull.
+    Learner.pull.
     """
     if rule == "printed":
-        return [s - pull * (t - b) for s, t, b in zip(stepped, w, before)]  # IL Eq. 35, departure 2
+        return [s - pull * (t - b) for s, t, b in zip(stepped, w, before)]        # IL Eq. 35
     return [(s + pull * b) / (1 + pull) for s, b in zip(stepped, before)]         # departure 1
 
 
-def one_step(stage: Stage, g, before, args):
-    """Return W'_l and H'_l, a stage's weights after one step (IL Eq. 33) along g, its gradient of
-    L; before: W'_(l-1) and H'_(l-1), None in the first stage."""
-    encoder, head = split(sgd_step(stage.opt, g))                                 # IL Eq. 34, 36
+def one_step(stage: Learner, g, before, args):
+    """Return W'_l and H'_l, a stage's weights after one step along g, its gradient of L; before:
+    W'_(l-1) and H'_(l-1), None in the first stage."""
+    encoder, head = split(sgd_step(stage.opt, g))                 # IL Eq. 34; of H: IL Eq. 36
     if before and args.lam:
         encoder = coupled(encoder, split(stage.weights)[0], split(before)[0],
-                          stage.pull(args), args.step)                            # IL Eq. 35
+                          stage.pull(args), args.step)
     return encoder + head
 
 
@@ -160,13 +172,13 @@ def objective(m: Learners, batches, args):
 
     # Stages 1 ... MK: each learner takes a step, pulled towards the one before
     for stage, batch in zip(m.stages, train):
-        loss = loss_of(at_weights(stage.net, stage.weights), m.alphas, batch)     # IL Eq. 29
+        loss = loss_of(at_weights(stage.net, stage.weights), m.A, batch)          # IL Eq. 29
         before = one_step(stage, grad(loss, stage.weights, graph=True), before, args)  # IL Eq. 30
         ahead.append(before if args.order == 2 else detached(before))
 
-    # Validation stage: the learners of the last round
-    return sum(loss_of(at_weights(stage.net, weights), m.alphas, batch) for stage, weights, batch
-               in zip(m.stages[-len(val):], ahead[-len(val):], val))              # IL Eq. 31, 32
+    # Validation stage: the learners of the last round, IL Eq. 31; the whole problem is IL Eq. 32
+    return sum(loss_of(at_weights(stage.net, weights), m.A, batch) for stage, weights, batch
+               in zip(m.stages[-len(val):], ahead[-len(val):], val))
 
 
 # -------------------------------------------------------------------------------------- algorithm
@@ -177,7 +189,7 @@ def look_ahead(m: Learners, grads, args):
     ahead = []
     for stage, g in zip(m.stages, grads, strict=True):
         with torch.no_grad():
-            weights = one_step(stage, g, ahead[-1] if ahead else None, args)      # IL Eq. 34-36
+            weights = one_step(stage, g, ahead[-1] if ahead else None, args)      # IL Eq. 33
         ahead.append([w.requires_grad_() for w in weights])
     return ahead
 
@@ -188,7 +200,7 @@ def train_gradients(m: Learners, batches, args):
     losses, grads = [], []
     for stage, batch in zip(m.stages, batches[0]):
         with ops.autocast(batch[0].device, args.amp != "off"):
-            loss = loss_of(stage.net, m.alphas, batch)
+            loss = loss_of(stage.net, m.A, batch)
         grads.append(grad(loss, stage.weights))
         losses.append(loss.detach())
     return grads, losses
@@ -214,29 +226,31 @@ def outer_gradient(m: Learners, batches, args, grads):
     J, g_alpha = 0.0, [torch.zeros_like(a) for a in m.alphas]
     u = [[torch.zeros_like(w) for w in weights] for weights in ahead[:first]]
     for stage, weights, batch in zip(m.stages[first:], ahead[first:], val):
-        loss = loss_of(at_weights(stage.net, weights), m.alphas, batch)
-        g, v = grad(loss, m.alphas, weights if args.order == 2 else [])
+        loss = loss_of(at_weights(stage.net, weights), m.A, batch)
+        g, v = gradients(loss, m.alphas, weights if args.order == 2 else [])
         g_alpha = [a + b for a, b in zip(g_alpha, g)]                             # IL Eq. 37
         u.append(v)
         J += loss.detach()                                                        # IL Eq. 31
     if args.order == 1:
         return g_alpha, J
 
-    # The sweep back over the stages: the chain rule within Eq. 37, which the paper does not print
-    for l in reversed(range(0 if args.lam else first, len(m.stages))):
+    # The sweep back over the stages: the chain rule within IL Eq. 37, not printed in the paper
+    for l in reversed(range(len(m.stages))):
+        if l < first and not args.lam:
+            break                                              # uncoupled, it does not reach J
         stage, pull = m.stages[l], m.stages[l].pull(args) if l else 0.0
         encoder, head = split(u[l])
         if pull and args.step == "proximal":
             encoder = [t / (1 + pull) for t in encoder]        # dW'_l / d(the step on L)
 
         def grad_alpha(w):
-            return grad(loss_of(at_weights(stage.net, w), m.alphas, train[l]), m.alphas)
+            return grad(loss_of(at_weights(stage.net, w), m.A, train[l]), m.alphas)
 
         product = central_difference(grad_alpha, stage.weights, encoder + head, args.radius)
-        g_alpha = [g - stage.eta * p for g, p in zip(g_alpha, product)]           # IL Eq. 34-36
-        if pull:
+        g_alpha = [g - stage.eta * p for g, p in zip(g_alpha, product)]
+        if pull:                                               # dW'_l / dW'_(l-1)
             before, its_head = split(u[l - 1])
-            u[l - 1] = [a + pull * b for a, b in zip(before, encoder)] + its_head  # dW'_l/dW'_(l-1)
+            u[l - 1] = [a + pull * b for a, b in zip(before, encoder)] + its_head
     return g_alpha, J
 
 
@@ -250,7 +264,7 @@ def update_weights(m: Learners, grads, args):
         descend(stage.opt, g, f"learner {l + 1}", args.grad_clip)
         if l and args.lam:
             with torch.no_grad():
-                new = coupled(encoder, w, before, stage.pull(args), args.step)    # IL Eq. 35
+                new = coupled(encoder, w, before, stage.pull(args), args.step)
                 for t, value in zip(encoder, new):
                     t.copy_(value)
         before = detached(encoder)
@@ -267,7 +281,7 @@ def algorithm_3(m: Learners, batches, args, learns=True):
     if learns:
         with ops.autocast(train[0][0].device, args.amp == "bf16-all"):
             g_alpha, J = outer_gradient(m, batches, args, grads)
-        descend(m.alpha_opt, g_alpha, "the architecture")                     # IL Eq. 37
+        m.A.step(m.alpha_opt, g_alpha)                                            # IL Eq. 37
         figures = {"val_loss": J / len(val)}
     update_weights(m, grads, args)
     return {"train_loss": torch.stack(losses).mean(), **figures}
@@ -276,41 +290,44 @@ def algorithm_3(m: Learners, batches, args, learns=True):
 # ------------------------------------------------------------------------------------------- main
 
 
+def row(args):
+    """Return the search's row in the papers' tables."""
+    name = f"{'JL' if args.joint else 'IL'}-{args.title}"
+    return ops.row(name + " of one task" * (len(args.tasks) == 1), args, "joint")
+
+
 def main(argv=None):
     args, checkpoint = get_args(argv)
     device = ops.start(args)
     tasks = [ops.load_images(task, args, device) for task in args.tasks]
-    if len({data.size for data in tasks}) > 1:
-        raise ops.BadInput("--tasks: the images must have one size, not " + ", ".join(
-            "{} x {} ({})".format(*data.size, name) for name, data in zip(args.tasks, tasks))
-            + "; --image-size resizes folders and synthetic images")
     parts = [ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets) for data in tasks]
-    sequence = list(range(len(tasks))) * args.rounds                              # IL Eq. 28, 38
+    sequence = list(range(len(tasks))) * args.rounds           # IL Eq. 28; of one round: IL Eq. 38
     train_streams = [ops.Stream(tasks[k], parts[k][0], args.batch_size, args.seed, f"train {l}",
-                                flip=args.flip) for l, k in enumerate(sequence)]
-    val_streams = [ops.Stream(data, half[1], args.batch_size, args.seed, f"val {k}",
-                              flip=args.flip) for k, (data, half) in enumerate(zip(tasks, parts))]
-    run = ops.Run("il", args, checkpoint, tasks)
+                                args.flip) for l, k in enumerate(sequence)]
+    val_streams = [ops.Stream(data, half[1], args.batch_size, args.seed, f"val {k}", args.flip)
+                   for k, (data, half) in enumerate(zip(tasks, parts))]
+    run = ops.Run("il", args, checkpoint, tasks, row(args))
 
     for base_stage in ops.stages(run):                         # P-DARTS has three: new learners
-        nets, opts, alphas, alpha_opt = ops.new_stage(
-            run, [len(tasks[k].classes) for k in sequence], device)
-        m = Learners(list(map(Stage, nets, opts)), alphas, alpha_opt)
-        run.load({"nets": nn.ModuleList(nets), "outer": nn.ParameterList(alphas),
-                  "alpha_opt": alpha_opt, **{f"opt {l}": opt for l, opt in enumerate(opts)}})
+        A, alpha_opt = ops.new_architecture(run, device)
+        nets, opts = ops.new_networks(run, [tasks[k] for k in sequence], device)
+        m = Learners(list(map(Learner, nets, opts)), A, alpha_opt)
+        run.load({"nets": nn.ModuleList(nets), "A": A, "alpha_opt": alpha_opt,
+                  **{f"opt {l}": opt for l, opt in enumerate(opts)}})
         for epoch in run.epochs(max(stream.epoch_steps() for stream in train_streams)):
-            learns = ops.schedule(args, base_stage, epoch, nets, opts)
-            for step in run.steps():
+            ops.set_epoch(args, base_stage, epoch, A, nets, opts)
+            for step in run.steps(m):
                 batches = [[stream(step) for stream in streams]
                            for streams in (train_streams, val_streams)]
-                run.log_step(**algorithm_3(m, batches, args, learns))
+                run.log_step(**algorithm_3(m, batches, args, ops.learns(args, epoch)))
 
             figures = {}
             for k, net in enumerate(nets[-len(tasks):]):
                 with ops.evaluating(net):
-                    figures[f"val_accuracy {args.tasks[k]}"], = ops.accuracies(
-                        lambda x: net(x, alphas), tasks[k], parts[k][1], args.batch_size)
-            ops.end_epoch(run, alphas, **figures)
+                    figures[f"val_accuracy {args.tasks[k]}"] = ops.accuracy(
+                        lambda x: net(x, A), tasks[k], parts[k][1], args.batch_size)
+            ops.end_epoch(run, A, **figures)
+        ops.end_stage(run, A)
 
     ops.print_next(args)
 

@@ -9,7 +9,7 @@ depend on; an audience learns from the marked images; the explainer's architectu
            Delta* = argmax  O_Delta = sum l(f(x_i + delta_i; E*), f(x_i; E*))              Eq. 2
            E*     = argmin  L(E, A, D_e^tr)                                                Eq. 1
 
-    A  alphas     architecture of the explainer    D_e^tr = D_a^tr    train  (x, y, rows)
+    A  A          architecture of the explainer    D_e^tr = D_a^tr    train  (x, y, rows)
     E  e          weights of the explainer         D_e^val = D_a^val  val    (x, y, rows)
     W  w          weights of the audience          delta, delta'      delta, explanation
     E', W'        e_virtual, w_virtual             gamma              args.gamma
@@ -46,7 +46,16 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import at_weights, central_difference, descend, grad, sgd_step, virtual_weights
+from darts_ops import (
+    at_weights,
+    central_difference,
+    descend,
+    detached,
+    grad,
+    gradients,
+    sgd_step,
+    virtual_weights,
+)
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -80,13 +89,17 @@ def get_args(argv=None):
 
 @dataclass
 class Learners:
-    """Explainer and audience with their optimizers; alphas is A."""
+    """Explainer and audience with their optimizers."""
     explainer: nn.Module
     explainer_opt: torch.optim.SGD
-    alphas: list
+    A: nn.Module
     alpha_opt: torch.optim.Adam | None
     audience: nn.Module
     audience_opt: torch.optim.SGD
+
+    @property
+    def alphas(self) -> list:
+        return list(self.A.parameters())
 
     @property
     def e(self) -> list:
@@ -99,7 +112,7 @@ class Learners:
 
 def random_delta(shape, scale, device, *keys):
     """Return the start of the perturbations, a pure function of keys: seed, step and rank."""
-    generator = torch.Generator(device).manual_seed(ops.mixed_seed(0xDE17A, *keys))
+    generator = torch.Generator(device).manual_seed(ops.mixed_seed("delta", *keys))
     return scale * torch.randn(shape, generator=generator, device=device)
 
 
@@ -107,15 +120,15 @@ def random_delta(shape, scale, device, *keys):
 # A network that a loss takes is a module, or a module at_weights: both are functions of the images.
 
 
-def explainer_loss(explainer, alphas, batch):
+def explainer_loss(explainer, A, batch):
     x, y, _ = batch
-    return F.cross_entropy(explainer(x, alphas), y)                          # LeaSE Eq. 1
+    return F.cross_entropy(explainer(x, A), y)                               # LeaSE Eq. 1
 
 
-def explanation_objective(explainer, alphas, x, delta):
+def explanation_objective(explainer, A, x, delta):
     """Return O_Delta = sum l(f(x + delta; E), f(x; E)), l(a, b) = - sum b log a."""
-    log_a = F.log_softmax(explainer(x + delta, alphas), 1)
-    b = F.softmax(explainer(x, alphas), 1)
+    log_a = F.log_softmax(explainer(x + delta, A), 1)
+    b = F.softmax(explainer(x, A), 1)
     return -(b * log_a).sum()                                                # LeaSE Eq. 2
 
 
@@ -127,10 +140,10 @@ def step_sizes(g):
     return g[0].numel() ** 0.5 / norm                                        # departure 3
 
 
-def explain(explainer, alphas, x, delta):
+def explain(explainer, A, x, delta):
     """Return delta' (N, 3, H, W), one ascent step on O_Delta from delta, and its step sizes."""
     delta = delta.detach().requires_grad_()
-    objective = explanation_objective(explainer, ops.detached(alphas), x, delta)
+    objective = explanation_objective(explainer, A, x, delta)
     g, = torch.autograd.grad(objective, delta)                 # of this process's own images
     return (delta + step_sizes(g) * g).detach(), step_sizes(g)               # LeaSE Eq. 7
 
@@ -161,13 +174,13 @@ def objective(m: Learners, batches, args):
 
     # Stage 1: the explainer learns
     if args.order == 2:
-        loss = explainer_loss(at_weights(m.explainer, e), m.alphas, train)   # LeaSE Eq. 1
+        loss = explainer_loss(at_weights(m.explainer, e), m.A, train)        # LeaSE Eq. 1
         e = sgd_step(m.explainer_opt, grad(loss, e, graph=True))             # LeaSE Eq. 6
     explainer = at_weights(m.explainer, e)
 
     # Stage 2: it marks the pixels that its predictions depend on
     delta = delta.detach().requires_grad_()
-    g, = grad(explanation_objective(explainer, m.alphas, train[0], delta), [delta],
+    g, = grad(explanation_objective(explainer, m.A, train[0], delta), [delta],
               graph=True)                                                    # LeaSE Eq. 2
     explanation = delta + step_sizes(g) * g                                  # LeaSE Eq. 7
 
@@ -176,7 +189,7 @@ def objective(m: Learners, batches, args):
     w = sgd_step(m.audience_opt, grad(loss, w, graph=True))                  # LeaSE Eq. 8
 
     # Validation stage
-    return (explainer_loss(explainer, m.alphas, val)
+    return (explainer_loss(explainer, m.A, val)
             + args.gamma * audience_val_loss(at_weights(m.audience, w), val))  # LeaSE Eq. 5
 
 
@@ -197,11 +210,11 @@ class Ahead(NamedTuple):
 def look_ahead(m: Learners, batches, args):
     """Return Ahead. These are also the passes that train E and W: BatchNorm's statistics move."""
     train, _, delta = batches
-    loss = explainer_loss(m.explainer, m.alphas, train)                      # LeaSE Eq. 1
-    grads_e, e_virtual = grad(loss, m.e), ops.detached(m.e)
+    loss = explainer_loss(m.explainer, m.A, train)                           # LeaSE Eq. 1
+    grads_e, e_virtual = grad(loss, m.e), detached(m.e)
     if args.order == 2:
         e_virtual = virtual_weights(m.explainer_opt, grads_e)                # LeaSE Eq. 6
-    explanation, xi_delta = explain(at_weights(m.explainer, ops.detached(e_virtual)), m.alphas,
+    explanation, xi_delta = explain(at_weights(m.explainer, detached(e_virtual)), m.A,
                                     train[0], delta)
     loss_w = audience_loss(m.audience, explanation, train, args)
     grads_w = grad(loss_w, m.w)                                              # LeaSE Eq. 8
@@ -222,8 +235,8 @@ def outer_gradient(m: Learners, batches, args, ahead: Ahead):
     explainer, share = at_weights(m.explainer, e_virtual), None
 
     # Stage 4: the explainer validates itself
-    J = explainer_loss(explainer, m.alphas, val)                             # LeaSE Eq. 9
-    g_alpha, v_e = grad(J, m.alphas, e_wanted)                               # LeaSE Eq. 10
+    J = explainer_loss(explainer, m.A, val)                                  # LeaSE Eq. 9
+    g_alpha, v_e = gradients(J, m.alphas, e_wanted)                          # LeaSE Eq. 10
 
     # The audience validates itself, and v_w goes back: to v_delta, then to A and v_e
     if args.gamma:
@@ -237,31 +250,31 @@ def outer_gradient(m: Learners, batches, args, ahead: Ahead):
             return torch.autograd.grad(loss, [at])             # of this process's own images
 
         xi_w = m.audience_opt.param_groups[0]["lr"]
-        product, = central_difference(grad_delta, w, v_w, args.radius)
-        v_delta = -xi_w * product                                            # LeaSE Eq. 12, 13
+        product, = central_difference(grad_delta, w, v_w, args.radius)       # LeaSE Eq. 12
+        v_delta = -xi_w * product                                            # LeaSE Eq. 13
         # delta' = delta + xi g, xi = sqrt(CHW) / |g|, so d delta' = xi (1 - unit unit^T) dg
         unit = (explanation - delta) / x[0].numel() ** 0.5     # g / |g|
         v_delta = v_delta - unit * (unit * v_delta).sum((1, 2, 3), keepdim=True)
 
         def grad_alpha_e(at):
-            objective = explanation_objective(explainer, m.alphas, x, at[0])
+            objective = explanation_objective(explainer, m.A, x, at[0])
             return grad(objective, [*m.alphas, *e_wanted])
 
         product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta],
-                                     args.delta_radius, split=True)          # departure 6
-        by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 14, 15
+                                     args.delta_radius, split=True)          # LeaSE Eq. 14
+        by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 15
         share = nn.utils.get_total_norm(by_a) / nn.utils.get_total_norm(g_alpha)
         g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                     # departure 4
         v_e = [v + p for v, p in zip(v_e, by_e)]
 
-    # Both parts go on through E'
+    # Both parts go on through E', LeaSE Eq. 16
     if args.order == 2:
         def grad_alpha(e):
-            return grad(explainer_loss(at_weights(m.explainer, e), m.alphas, train), m.alphas)
+            return grad(explainer_loss(at_weights(m.explainer, e), m.A, train), m.alphas)
 
         xi_e = m.explainer_opt.param_groups[0]["lr"]
         product = central_difference(grad_alpha, e, v_e, args.radius)        # LeaSE Eq. 11
-        g_alpha = [g - xi_e * p for g, p in zip(g_alpha, product)]           # LeaSE Eq. 10, 16, 17
+        g_alpha = [g - xi_e * p for g, p in zip(g_alpha, product)]           # LeaSE Eq. 17
     return g_alpha, J.detach(), share
 
 
@@ -277,7 +290,7 @@ def algorithm_1(m: Learners, batches, args, learns=True):
     if learns:
         with ops.autocast(device, args.amp == "bf16-all"):
             g_alpha, J, share = outer_gradient(m, batches, args, ahead)
-        descend(m.alpha_opt, g_alpha, "the architecture")
+        m.A.step(m.alpha_opt, g_alpha)
         figures = {"val_loss": J} | ({} if share is None else {"audience_share": share})
     descend(m.explainer_opt, ahead.grads_e, "the explainer", args.grad_clip)
     descend(m.audience_opt, ahead.grads_w, "the audience")
@@ -287,51 +300,56 @@ def algorithm_1(m: Learners, batches, args, learns=True):
 # ------------------------------------------------------------------------------------------- main
 
 
+def row(args):
+    """Return the search's row in the papers' tables."""
+    return ops.row(f"LeaSE-R{args.audience[6:]}-{args.title}", args, "audience")
+
+
 def main(argv=None):
     args, checkpoint = get_args(argv)
     device = ops.start(args)
     data = ops.load_images(args.dataset, args, device)
     train_rows, val_rows, _ = ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets)
-    streams = [ops.Stream(data, rows, args.batch_size, args.seed, name, flip=args.flip)
+    streams = [ops.Stream(data, rows, args.batch_size, args.seed, name, args.flip)
                for name, rows in (("train", train_rows), ("val", val_rows))]
-    run = ops.Run("lease", args, checkpoint, [data])
+    run = ops.Run("lease", args, checkpoint, [data], row(args))
 
-    torch.manual_seed(args.seed)
+    ops.seed_all("audience", args.seed)
     audience = ops.place(torchvision.models.get_model(args.audience, weights=None,
                                                       num_classes=len(data.classes)), device)
     audience_opt = torch.optim.SGD(audience.parameters(), args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
-    shown = train_rows[::-(-len(train_rows) // 8)]             # up to eight, from all classes
+    shown = train_rows[ops.evenly(len(train_rows), 8)]
 
     for stage in ops.stages(run):                              # several in P-DARTS: a new explainer
-        (explainer,), (explainer_opt,), alphas, alpha_opt = ops.new_stage(
-            run, [len(data.classes)], device)
-        m = Learners(explainer, explainer_opt, alphas, alpha_opt, audience, audience_opt)
-        run.load({"explainer": explainer, "outer": nn.ParameterList(alphas),
-                  "audience": audience, "explainer_opt": explainer_opt, "alpha_opt": alpha_opt,
-                  "audience_opt": audience_opt})
+        A, alpha_opt = ops.new_architecture(run, device)
+        (explainer,), (explainer_opt,) = ops.new_networks(run, [data], device)
+        m = Learners(explainer, explainer_opt, A, alpha_opt, audience, audience_opt)
+        run.load({"explainer": explainer, "explainer_opt": explainer_opt, "A": A,
+                  "alpha_opt": alpha_opt, "audience": audience, "audience_opt": audience_opt})
         for epoch in run.epochs(streams[0].epoch_steps()):
-            learns = ops.schedule(args, stage, epoch, [explainer], [explainer_opt], audience_opt,
-                                  args.audience_lr)
-            for step in run.steps():
+            ops.set_epoch(args, stage, epoch, A, [explainer], [explainer_opt], audience_opt,
+                          args.audience_lr)
+            for step in run.steps(m):
                 train, val = (stream(step) for stream in streams)
                 delta = random_delta(train[0].shape, args.delta_scale, device, args.seed, step,
                                      ops.rank())
-                run.log_step(**algorithm_1(m, (train, val, delta), args, learns))
+                run.log_step(**algorithm_1(m, (train, val, delta), args, ops.learns(args, epoch)))
 
             figures = {}
             with ops.evaluating(explainer):
-                figures["val_accuracy"], = ops.accuracies(lambda x: explainer(x, alphas), data,
-                                                          val_rows, args.batch_size)
+                figures["val_accuracy"] = ops.accuracy(lambda x: explainer(x, A), data, val_rows,
+                                                       args.batch_size)
                 # by the batches' statistics: the running ones are of explanations, not of images
-                figures["audience_val_accuracy"], = ops.accuracies(
+                figures["audience_val_accuracy"] = ops.accuracy(
                     at_weights(audience, m.w), data, val_rows, args.batch_size)
                 (x, _), = ops.batches(data, shown, 8)
                 delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
-                explanation, _ = explain(explainer, alphas, x, delta)
-            ops.end_epoch(run, alphas, **figures)
+                explanation, _ = explain(explainer, A, x, delta)
+            ops.end_epoch(run, A, **figures)
             run.picture(f"explanations-{len(run.state['history'])}",
                         explanations(data, shown, explanation), 128)
+        ops.end_stage(run, A)
 
     ops.print_next(args)
 

@@ -10,7 +10,7 @@ testee's architecture learns to do well on the weighted bank, its test.
           W*(A)        = argmin  L(A, W, D_ee^tr)                                         Eq. 6
     R = sum f(d) l(A, W, d) / sum f(d) over the bank,  f(d) = sigmoid(C(E(d))) in (0, 1)  Eq. 9-14
 
-    A  alphas     architecture of the testee       D_ee^tr = D_er^tr  train  (x, y, rows)
+    A  A          architecture of the testee       D_ee^tr = D_er^tr  train  (x, y, rows)
     W  w          weights of the testee            D_b                bank   (x, y, rows)
     E  encoder    ResNet of the tester             D_er^val           val    (x, y, rows)
     X  executor   linear layer: classes            W', E', X'         *_virtual: one step ahead
@@ -44,7 +44,16 @@ import torch.nn.functional as F
 import torchvision
 
 import darts_ops as ops
-from darts_ops import at_weights, central_difference, descend, grad, sgd_step, virtual_weights
+from darts_ops import (
+    at_weights,
+    central_difference,
+    descend,
+    detached,
+    grad,
+    gradients,
+    sgd_step,
+    virtual_weights,
+)
 
 # -------------------------------------------------------------------------------------- arguments
 
@@ -106,16 +115,20 @@ class ScalarAdam(torch.optim.SparseAdam):
 
 @dataclass
 class Learners:
-    """Testee and tester with their optimizers. alphas is A; creator is C: [weight, bias], with
-    ablation 1 [theta], without a tester []."""
+    """Testee and tester with their optimizers. creator is C: [weight, bias], with ablation 1
+    [theta], without a tester []."""
     testee: nn.Module
     testee_opt: torch.optim.SGD
-    alphas: list
+    A: nn.Module
     alpha_opt: torch.optim.Adam | None = None
     tester: Tester | None = None
     tester_opt: torch.optim.SGD | None = None
     creator: list = field(default_factory=list)
     creator_opt: torch.optim.Optimizer | None = None
+
+    @property
+    def alphas(self) -> list:
+        return list(self.A.parameters())
 
     @property
     def w(self) -> list:
@@ -147,9 +160,9 @@ def new_tester(args, data, device) -> dict:
 # A network that a loss takes is a module, or a module at_weights: both are functions of the images.
 
 
-def testee_loss(testee, alphas, batch):
+def testee_loss(testee, A, batch):
     x, y, _ = batch
-    return F.cross_entropy(testee(x, alphas), y)                                  # LPT Eq. 6
+    return F.cross_entropy(testee(x, A), y)                                       # LPT Eq. 6
 
 
 def selection(creator, features):
@@ -179,7 +192,7 @@ def validation_objective(m: Learners, w, ex, bank, val, args):
     """Return (J, R, f) at the weights w and ex = (E, X): J = R - lambda L(E, X, D_er^val), f (N,).
     """
     x_bank, y_bank, rows = bank
-    losses = F.cross_entropy(at_weights(m.testee, w)(x_bank, m.alphas), y_bank,
+    losses = F.cross_entropy(at_weights(m.testee, w)(x_bank, m.A), y_bank,
                              reduction="none")                                    # LPT Eq. 8
     if not m.tester:
         f = torch.ones_like(losses)
@@ -188,9 +201,10 @@ def validation_objective(m: Learners, w, ex, bank, val, args):
         R = ops.weighted_mean(losses, f)
         return R, R, f
     tester, (x_val, y_val, _) = at_weights(m.tester, ex), val
-    f = selection(m.creator, tester(x_bank)[1])                                   # LPT Eq. 12
-    R = ops.weighted_mean(losses, f)                                              # LPT Eq. 9, 14
-    return R - args.lam * F.cross_entropy(tester(x_val)[0], y_val), R, f          # LPT Eq. 15, 19
+    # C is in f directly, too: what LPT Eq. 23 leaves out and LPT Eq. 24 keeps (departure 1)
+    f = selection(m.creator, tester(x_bank)[1])
+    R = ops.weighted_mean(losses, f)                              # LPT Eq. 9; by LPT Eq. 14, sum f
+    return R - args.lam * F.cross_entropy(tester(x_val)[0], y_val), R, f          # LPT Eq. 15
 
 
 # ------------------------------------------------------------------------------------ the problem
@@ -207,7 +221,7 @@ def objective(m: Learners, batches, args):
 
     # Stage I: the testee learns
     if args.order == 2:
-        loss = testee_loss(at_weights(m.testee, w), m.alphas, train)              # LPT Eq. 6
+        loss = testee_loss(at_weights(m.testee, w), m.A, train)              # LPT Eq. 6
         w = sgd_step(m.testee_opt, grad(loss, w, graph=True))
 
     # Stage II: the tester learns from its data and the created test
@@ -215,8 +229,8 @@ def objective(m: Learners, batches, args):
         loss = tester_loss(at_weights(m.tester, ex), m.creator, train, bank, args)  # LPT Eq. 7
         ex = sgd_step(m.tester_opt, grad(loss, ex, graph=True))                   # LPT Eq. 18
 
-    # Validation stage
-    return validation_objective(m, w, ex, bank, val, args)                        # LPT Eq. 11
+    # Validation stage, LPT Eq. 11, as LPT Eq. 19 has it one step ahead
+    return validation_objective(m, w, ex, bank, val, args)
 
 
 # -------------------------------------------------------------------------------------- algorithm
@@ -229,13 +243,14 @@ def outer_gradient(m: Learners, batches, args):
     (train, bank, val), w, ex = batches, m.w, m.ex
     if args.gradient == "exact":
         J, R, f = objective(m, batches, args)
-        return *grad(J, m.alphas, m.creator), R.detach(), f.detach()
+        return *gradients(J, m.alphas, m.creator), R.detach(), f.detach()
 
     # Stage I: the testee learns one step
-    w_virtual, w_wanted = ops.detached(w), []
+    w_virtual, w_wanted = detached(w), []                      # order 1: W' = W, v is not needed
     if args.order == 2:
-        loss = testee_loss(at_weights(m.testee, w), m.alphas, train)
-        w_virtual = w_wanted = virtual_weights(m.testee_opt, grad(loss, w))       # W' of LPT Eq. 16
+        loss = testee_loss(at_weights(m.testee, w), m.A, train)
+        w_virtual = virtual_weights(m.testee_opt, grad(loss, w))                  # LPT Eq. 16's W'
+        w_wanted = w_virtual
 
     # Stage II: the tester learns one step from its data and the created test
     ex_virtual = []
@@ -244,19 +259,20 @@ def outer_gradient(m: Learners, batches, args):
         ex_virtual = virtual_weights(m.tester_opt, grad(loss, ex))                # LPT Eq. 18
 
     # Validation stage: one evaluation and one backward pass serve A and C
-    J, R, f = validation_objective(m, w_virtual, ex_virtual, bank, val, args)
-    g_alpha, g_creator, v, u = grad(J, m.alphas, m.creator, w_wanted, ex_virtual)
+    J, R, f = validation_objective(m, w_virtual, ex_virtual, bank, val, args)     # LPT Eq. 19
+    g_alpha, g_creator, v, u = gradients(J, m.alphas, m.creator, w_wanted, ex_virtual)
 
     # dJ/dA through W': v = dJ/dW'
     if args.order == 2:
         def grad_alpha(w):
-            return grad(testee_loss(at_weights(m.testee, w), m.alphas, train), m.alphas)
+            return grad(testee_loss(at_weights(m.testee, w), m.A, train), m.alphas)
 
         xi = m.testee_opt.param_groups[0]["lr"]
         product = central_difference(grad_alpha, w, v, args.radius)               # LPT Eq. 17
         g_alpha = [g - xi * p for g, p in zip(g_alpha, product)]                  # LPT Eq. 16
 
-    # dJ/dC through E' and X': u = dJ/d(E', X')
+    # dJ/dC through E' and X': u = dJ/d(E', X') holds the validation loss's part (LPT Eq. 20) and
+    # R's (LPT Eq. 23, LPT Eq. 24), so that one difference serves all (departure 2)
     if m.tester:
         x_bank, y_bank, _ = bank
 
@@ -268,7 +284,7 @@ def outer_gradient(m: Learners, batches, args):
 
         xi = m.tester_opt.param_groups[0]["lr"]
         product = central_difference(grad_creator, ex, u, args.radius)            # LPT Eq. 22
-        g_creator = [g - args.gamma * xi * p for g, p in zip(g_creator, product)]  # LPT Eq. 20-24
+        g_creator = [g - args.gamma * xi * p for g, p in zip(g_creator, product)]  # LPT Eq. 21
     return g_alpha, g_creator, R.detach(), f.detach()
 
 
@@ -286,7 +302,7 @@ def testee_gradient(m: Learners, batches, args):
     """Return W's gradient in stage I, and its loss."""
     train, _, _ = batches
     with ops.autocast(train[0].device, args.amp != "off"):
-        loss = testee_loss(m.testee, m.alphas, train)
+        loss = testee_loss(m.testee, m.A, train)
     return grad(loss, m.w), loss.detach()
 
 
@@ -298,7 +314,7 @@ def algorithm_2(m: Learners, batches, args, learns=True):
     if learns:
         with ops.autocast(device, args.amp == "bf16-all"):
             g_alpha, g_creator, R, f = outer_gradient(m, batches, args)
-        descend(m.alpha_opt, g_alpha, "the architecture")
+        m.A.step(m.alpha_opt, g_alpha)
         if m.creator:
             descend(m.creator_opt, [-g for g in g_creator], "the creator")
         figures = {"difficulty": R, "selection": f.mean()}
@@ -317,45 +333,53 @@ def algorithm_2(m: Learners, batches, args, learns=True):
 # ------------------------------------------------------------------------------------------- main
 
 
+def row(args):
+    """Return the search's row in the papers' tables."""
+    name = args.title if args.encoder == "none" else f"LPT-R{args.encoder[6:]}-{args.title}"
+    if args.ablation:
+        name += f", ablation {args.ablation}"
+    return ops.row(name, args, "encoder", "ablation")
+
+
 def main(argv=None):
     args, checkpoint = get_args(argv)
     device = ops.start(args)
     data = ops.load_images(args.dataset, args, device)
     train_rows, val_rows, _ = ops.split_rows(data.labels, args.seed, args.hold_out, args.subsets)
-    streams = [ops.Stream(data, rows, args.batch_size, args.seed, name, flip=args.flip)
-               for name, rows in (("train", train_rows), ("bank", val_rows), ("val", val_rows))]
-    run = ops.Run("lpt", args, checkpoint, [data])
+    train_stream, bank_stream, val_stream = (
+        ops.Stream(data, rows, args.batch_size, args.seed, name, args.flip)
+        for name, rows in (("train", train_rows), ("bank", val_rows), ("val", val_rows)))
+    run = ops.Run("lpt", args, checkpoint, [data], row(args))
 
-    torch.manual_seed(args.seed)
+    ops.seed_all("tester", args.seed)
     tester_fields = new_tester(args, data, device)
-    if "tester" not in tester_fields:
-        streams[2] = lambda step: None                         # D_er^val is the tester's alone
     for stage in ops.stages(run):                              # several in P-DARTS: a new testee
-        (testee,), (testee_opt,), alphas, alpha_opt = ops.new_stage(
-            run, [len(data.classes)], device)
-        m = Learners(testee, testee_opt, alphas, alpha_opt, **tester_fields)
-        run.load({"testee": testee, "outer": nn.ParameterList(alphas + m.creator),
-                  "testee_opt": testee_opt, "alpha_opt": alpha_opt,
-                  **{name: part for name, part in tester_fields.items() if name != "creator"}})
-        for epoch in run.epochs(streams[0].epoch_steps()):
-            learns = ops.schedule(args, stage, epoch, [testee], [testee_opt], m.tester_opt,
-                                  args.tester_lr)
-            for step in run.steps():
-                batches = [stream(step) for stream in streams]
-                run.log_step(**algorithm_2(m, batches, args, learns))
+        A, alpha_opt = ops.new_architecture(run, device)
+        (testee,), (testee_opt,) = ops.new_networks(run, [data], device)
+        m = Learners(testee, testee_opt, A, alpha_opt, **tester_fields)
+        run.load({"testee": testee, "testee_opt": testee_opt, "A": A, "alpha_opt": alpha_opt,
+                  **tester_fields, "creator": nn.ParameterList(m.creator)})
+        for epoch in run.epochs(train_stream.epoch_steps()):
+            ops.set_epoch(args, stage, epoch, A, [testee], [testee_opt], m.tester_opt,
+                          args.tester_lr)
+            for step in run.steps(m):
+                val = val_stream(step) if m.tester else None   # D_er^val is the tester's alone
+                batches = train_stream(step), bank_stream(step), val
+                run.log_step(**algorithm_2(m, batches, args, ops.learns(args, epoch)))
 
             figures, f = {}, None
             if args.ablation == 1:
                 f = torch.sigmoid(m.creator[0].detach())[val_rows]
             with ops.evaluating(testee, *([m.tester] if m.tester else [])):
-                figures["val_accuracy"], = ops.accuracies(lambda x: testee(x, alphas), data,
-                                                          val_rows, args.batch_size)
+                figures["val_accuracy"] = ops.accuracy(lambda x: testee(x, A), data, val_rows,
+                                                       args.batch_size)
                 if m.tester:
                     f, figures["tester_val_accuracy"] = score_bank(m, data, val_rows,
                                                                    args.batch_size)
-            ops.end_epoch(run, alphas, **figures)
+            ops.end_epoch(run, A, **figures)
             if f is not None:
                 run.picture("tests", tests(data, val_rows, f.cpu()))
+        ops.end_stage(run, A)
 
     ops.print_next(args)
 

@@ -238,8 +238,8 @@ class SmoothTestee(nn.Module):
         self.a, self.b = nn.Linear(inputs, hidden), nn.Linear(inputs, hidden)
         self.c = nn.Linear(hidden, classes)
 
-    def forward(self, x, alphas):
-        p, q, x = F.softmax(alphas[0], -1), F.softmax(alphas[1], -1), x.flatten(1)
+    def forward(self, x, A):
+        p, q, x = F.softmax(A.alpha[0], -1), F.softmax(A.alpha[1], -1), x.flatten(1)
         a, b = self.a(x), self.b(x)
         h = p[0] * torch.tanh(a / 2) + p[1] * F.softplus(b / 2) + p[2] * a
         return self.c(q[0] * h + q[1] * torch.tanh(h / 2))
@@ -287,13 +287,21 @@ def searched(supernet=False, classes=4, base=None):
     return net
 
 
-def alphas_of(supernet=False, base=None):
-    shapes = [(14, 8)] * 2 + [(14,)] * 2 * (base == "pcdarts") if supernet else [(3,), (2,)]
-    alphas = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    if base == "pdarts":
-        alphas = [torch.where(a > ops.DROPPED / 2, b, ops.DROPPED) for a, b in zip(
-            ops.initial_alphas("cpu", *KINDS[base]), alphas)]
-    return [a.detach().requires_grad_() for a in alphas]
+class SmoothArchitecture(ops.Architecture):
+    """The architecture of SmoothTestee."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = nn.ParameterList(torch.zeros(shape) for shape in (3, 2))
+
+
+def architecture(supernet=False, base=None):
+    """An architecture of large random parameters."""
+    with torch.random.fork_rng():
+        A = (ops.Architecture(*KINDS.get(base, ())) if supernet else SmoothArchitecture()).double()
+    for parameter in A.parameters():
+        nn.init.normal_(parameter)
+    return A
 
 
 def moving(net, lr, logits, y):
@@ -310,8 +318,8 @@ def lpt_problem(supernet=False, ablation=0, base=None, tester=True):
     asks = (ops.place(lpt.Tester("resnet18", 5), "cpu") if supernet else SmoothTester()).double()
     creator = list(nn.Linear(asks.executor.in_features, 1).double().parameters())
     batches = [batch(supernet, classes, draw=not supernet) for _ in range(3)]
-    alphas, (x, y, _) = alphas_of(supernet, base), batches[0]
-    m = lpt.Learners(testee, moving(testee, lr, testee(x, alphas), y), alphas)
+    A, (x, y, _) = architecture(supernet, base), batches[0]
+    m = lpt.Learners(testee, moving(testee, lr, testee(x, A), y), A)
     if ablation == 1:
         m.creator = [torch.randn(20, dtype=torch.float64).requires_grad_()]
     elif tester:
@@ -323,13 +331,12 @@ def lpt_problem(supernet=False, ablation=0, base=None, tester=True):
 def il_problem(K=2, M=2, supernet=False, lr=0.025):
     torch.manual_seed(3)
     nets = [searched(supernet, 4 + l % K) for l in range(K * M)]   # tasks differ in classes
-    alphas, train, val = alphas_of(supernet), [], []
+    A, train, val = architecture(supernet), [], []
     for l in range(K * M):
         for batches in (train, val)[:2 if l < K else 1]:
             batches.append(batch(supernet, 4 + l % K))
-    return il.Learners([il.Stage(net, moving(net, lr, net(x, alphas), y))
-                        for l, (net, (x, y, _)) in enumerate(zip(nets, train))], alphas), (
-        train, val)
+    return il.Learners([il.Learner(net, moving(net, lr, net(x, A), y))
+                        for net, (x, y, _) in zip(nets, train)], A), (train, val)
 
 
 def lease_problem(supernet=False):
@@ -338,10 +345,10 @@ def lease_problem(supernet=False):
     explainer = searched(supernet, classes)
     audience = (ops.place(torchvision.models.resnet18(num_classes=5), "cpu") if supernet else
                 SmoothAudience()).double()
-    alphas = alphas_of(supernet)
+    A = architecture(supernet)
     train, val = (batch(supernet, classes, 32) for _ in range(2))
     x, y, _ = train
-    m = lease.Learners(explainer, moving(explainer, lr, explainer(x, alphas), y), alphas, None,
+    m = lease.Learners(explainer, moving(explainer, lr, explainer(x, A), y), A, None,
                        audience, moving(audience, lr, audience(x), y))
     return m, (train, val, 0.01 * torch.randn(x.shape, dtype=torch.float64))
 
@@ -357,7 +364,7 @@ RADII = {1e-2: 1e-4, 1e-3: 1e-6}        # radius: largest relative error, which 
 
 def stage_gradients(m, train):
     """IL: the gradients that its stages are about to follow."""
-    return [ops.grad(F.cross_entropy(ops.at_weights(s.net, s.weights)(x, m.alphas), y), s.weights)
+    return [ops.grad(F.cross_entropy(ops.at_weights(s.net, s.weights)(x, m.A), y), s.weights)
             for s, (x, y, _) in zip(m.stages, train)]
 
 
@@ -379,8 +386,7 @@ def exact(method, m, batches, args):
 
     def differentiated():
         J = module.objective(m, batches, args)
-        grads = ops.grad(J[0] if method == "lpt" else J, *groups)
-        return grads if creator else [grads]
+        return ops.gradients(J[0] if method == "lpt" else J, *groups)
 
     total = differentiated()
     with pytest.MonkeyPatch.context() as patch:
@@ -498,8 +504,7 @@ WRONG = {                               # what an error replaces, in darts_ops o
     "il-eq35-step-without-1/(1+pull)": ("[(s + pull * b) / (1 + pull)",
                                         "[s + pull * (b - s) / (1 + pull) / 2"),
     "il-eq37-first-stage-first": (
-        "for l in reversed(range(0 if args.lam else first, len(m.stages))):",
-        "for l in range(len(m.stages)):"),
+        "for l in reversed(range(len(m.stages))):", "for l in range(len(m.stages)):"),
     "il-eq36-head-coupled": (
         "encoder = [t / (1 + pull) for t in encoder]",
         "encoder, head = ([t / (1 + pull) for t in part] for part in (encoder, head))"),
@@ -513,8 +518,8 @@ WRONG = {                               # what an error replaces, in darts_ops o
         "v_delta - unit * (unit * v_delta).sum((1, 2, 3), keepdim=True)", "v_delta"),
     "lease-eq13-sign": ("v_delta = -xi_w * product", "v_delta = xi_w * product"),
     "lease-eq17-sign": ("[g - xi_e * p", "[g + xi_e * p"),
-    "lease-eq2-one-argument-constant": ("b = F.softmax(explainer(x, alphas), 1)",
-                                        "b = F.softmax(explainer(x, alphas), 1).detach()"),
+    "lease-eq2-one-argument-constant": ("b = F.softmax(explainer(x, A), 1)",
+                                        "b = F.softmax(explainer(x, A), 1).detach()"),
 }
 
 
@@ -556,12 +561,13 @@ def test_what_the_papers_print_points_elsewhere(name, i, expected, abs):
     assert cosine(wrong[i], exact(method, *problem, args)[0][i]) == pytest.approx(expected, abs=abs)
 
 
-def darts_gradient(net, alphas, optimizer, train, val):
+def darts_gradient(net, A, optimizer, train, val):
     """Second-order DARTS (its Eq. 7) by exact differentiation."""
     w = list(net.parameters())
-    loss = F.cross_entropy(ops.at_weights(net, w)(train[0], alphas), train[1])
+    loss = F.cross_entropy(ops.at_weights(net, w)(train[0], A), train[1])
     ahead = ops.sgd_step(optimizer, ops.grad(loss, w, graph=True))
-    return ops.grad(F.cross_entropy(ops.at_weights(net, ahead)(val[0], alphas), val[1]), alphas)
+    return ops.grad(F.cross_entropy(ops.at_weights(net, ahead)(val[0], A), val[1]),
+                    list(A.parameters()))
 
 
 def test_without_their_own_parts_they_are_darts():
@@ -571,16 +577,16 @@ def test_without_their_own_parts_they_are_darts():
         for weight in m.creator[:1]:
             weight.data.zero_()                                    # f = sigmoid(bias) everywhere
         got = gradients("lpt", m, batches, settings(lpt, lam=0.0))[0]
-        darts = darts_gradient(m.testee, m.alphas, m.testee_opt, *batches[:2])
+        darts = darts_gradient(m.testee, m.A, m.testee_opt, *batches[:2])
         assert relative_error(got, darts) < 1e-6
     m, (train, val) = problem = il_problem(1, 1)
-    darts = darts_gradient(m.stages[0].net, m.alphas, m.stages[0].opt, train[0], val[0])
+    darts = darts_gradient(m.stages[0].net, m.A, m.stages[0].opt, train[0], val[0])
     assert relative_error(*gradients("il", *problem, settings(il, lam=0.0)), darts) < 1e-5
     first, = gradients("il", *problem, settings(il, lam=0.0, order=1))
     direct, = exact("il", *problem, settings(il, lam=0.0))[1]
     assert relative_error(first, direct) < 1e-12
     m, (train, val, _) = problem = lease_problem()
-    darts = darts_gradient(m.explainer, m.alphas, m.explainer_opt, train, val)
+    darts = darts_gradient(m.explainer, m.A, m.explainer_opt, train, val)
     assert relative_error(*gradients("lease", *problem, settings(lease, gamma=0.0)), darts) < 1e-5
 
 
@@ -601,7 +607,7 @@ def test_an_iteration_takes_the_steps_of_its_algorithm(method, learns, monkeypat
         expected += stage_gradients(m, train)
     else:
         explanation = lease.look_ahead(m, batches, args).explanation
-        expected += [ops.grad(F.cross_entropy(at(m.explainer, m.e)(train[0], m.alphas), train[1]),
+        expected += [ops.grad(F.cross_entropy(at(m.explainer, m.e)(train[0], m.A), train[1]),
                               m.e),
                      ops.grad(F.cross_entropy(at(m.audience, m.w)(explanation * train[0]),
                                               train[1]), m.w)]
@@ -611,12 +617,13 @@ def test_an_iteration_takes_the_steps_of_its_algorithm(method, learns, monkeypat
             expected.append(ops.grad(lpt.tester_loss(m.tester, m.creator, *batches[:2], args),
                                      m.ex))
         elif learner == "the testee":                              # after A's
-            expected.append(ops.grad(F.cross_entropy(m.testee(train[0], m.alphas), train[1]), m.w))
+            expected.append(ops.grad(F.cross_entropy(m.testee(train[0], m.A), train[1]), m.w))
         steps.append(learner)
         assert relative_error(grads, expected[len(steps) - 1]) < 1e-10, learner
         real(optimizer, grads, learner, clip)
 
     monkeypatch.setattr(module, "descend", descend)
+    monkeypatch.setattr(ops, "descend", descend)                   # A's step
     getattr(module, ITERATION[method])(m, batches, args, learns)
     learners = {"lpt": ["the tester", "the testee"], "lease": ["the explainer", "the audience"],
                 "il": [f"learner {l}" for l in range(1, 5)]}[method]
@@ -634,7 +641,7 @@ class Given(nn.Module):
         super().__init__()
         self.logits, self.features = nn.Parameter(real(logits)), features
 
-    def forward(self, x, alphas=None):
+    def forward(self, x, A=None):
         return self.logits if self.features is None else (self.logits, self.features)
 
 
@@ -654,7 +661,7 @@ def test_the_losses_by_hand():
     train, bank, val = ((None, y, None), (None, y, torch.tensor([2, 0])),
                         (None, torch.tensor([1, 1]), None))
     args, own = settings(lpt, gamma=3.0, lam=2.0), (log(2) + log(4)) / 2
-    assert lpt.testee_loss(lambda x, alphas: tester.logits, [], train).item() == near(own)  # Eq. 6
+    assert lpt.testee_loss(lambda x, A: tester.logits, [], train).item() == near(own)  # Eq. 6
     for args.ablation, value in ((2, 3 * printed / 2), (0, own + 3 * printed / 2)):  # Eq. 26, 7
         assert lpt.tester_loss(tester, creator, train, bank, args).item() == near(value)
     m = lpt.Learners(testee, None, [], None, tester, None, creator)
@@ -674,10 +681,10 @@ def test_the_losses_by_hand():
     assert il.coupled(one, two, four, 0.5, "printed")[0] == 2      # 1 - 0.5 (2 - 4), Eq. 35
     assert il.coupled(one, two, four, 0.5, "proximal")[0] == 2     # (1 + 0.5 * 4) / 1.5
     net = nn.Linear(2, 2)
-    stage = il.Stage(net, torch.optim.SGD(net.parameters(), 0.1, 0.75))
+    stage = il.Learner(net, torch.optim.SGD(net.parameters(), 0.1, 0.75))
     assert stage.pull(settings(il, lam=3.0)) == near(2 * 0.1 * 3 / 0.25)
 
-    def explainer(x, alphas):                                      # logits (log 3 x_1, 0)
+    def explainer(x, A):                                      # logits (log 3 x_1, 0)
         return x.flatten(1) @ real([[log(3), 0.0], [0.0, 0.0]])
 
     x, delta = real([0.0, 0.0]).view(1, 2, 1, 1), real([1.0, 5.0]).view(1, 2, 1, 1)
@@ -696,7 +703,7 @@ def test_the_losses_by_hand():
         assert seen[-1].flatten().tolist() == near([sign * 12.0, sign * 20.0])
         assert loss.item() == near(log(1 + math.exp(sign * 8.0)))
     given = real([[log(3), 0.0]]), (None, torch.tensor([0]), None)                   # Eq. 1, 9
-    for loss in (lease.explainer_loss(lambda x, alphas: given[0], [], given[1]),
+    for loss in (lease.explainer_loss(lambda x, A: given[0], [], given[1]),
                  lease.audience_val_loss(lambda x: given[0], given[1])):
         assert loss.item() == near(log(4 / 3))
 
@@ -722,7 +729,7 @@ def test_500_coupled_steps(step):
         apart = max(sum((a - b).square().sum() for a, b in zip(p, q)).sqrt().item()
                     for p, q in zip(encoders, encoders[1:]))
         with torch.no_grad():
-            return apart, sum(F.cross_entropy(s.net(x, m.alphas), y).item()
+            return apart, sum(F.cross_entropy(s.net(x, m.A), y).item()
                               for s, (x, y, _) in zip(m.stages, train))
 
     (apart, loss), largest = state(), 0.0
@@ -740,7 +747,7 @@ def test_500_coupled_steps(step):
 def test_coupled_learners_settle_where_the_penalty_says(step, lam, momentum):
     """On (W - 1)^2 / 2 with W'_(l-1) = 0 that is 1 / (1 + 2 lambda), with momentum and without."""
     nets = [nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1)) for _ in range(2)]
-    m = il.Learners([il.Stage(net, torch.optim.SGD(net.parameters(), 0.025, momentum))
+    m = il.Learners([il.Learner(net, torch.optim.SGD(net.parameters(), 0.025, momentum))
                      for net in nets], [])
     nets[0][0].weight.data.zero_()
     for _ in range(300):
@@ -769,11 +776,11 @@ def test_an_image_that_is_not_asked_about_keeps_its_scalar(tmp_path, monkeypatch
 
 def test_an_explanation_has_unit_scale_and_raises_the_objective():
     m, ((x, _, _), _, delta) = lease_problem()
-    explanation, _ = lease.explain(m.explainer, m.alphas, x, delta)
+    explanation, _ = lease.explain(m.explainer, m.A, x, delta)
     assert ((explanation - delta).square().mean((1, 2, 3)).sqrt() - 1).abs().max() < 1e-12
 
     def objective(delta):
-        return lease.explanation_objective(m.explainer, m.alphas, x, delta)
+        return lease.explanation_objective(m.explainer, m.A, x, delta)
 
     assert objective(explanation) > objective(delta) > objective(torch.zeros_like(delta))
 
@@ -809,7 +816,7 @@ def test_a_gradient_evaluation_changes_no_state(method, changes):
     else:
         gradients(method, m, batches, args)
     assert same(before, snapshot(*parts))
-    net(tree_leaves(batches)[0], m.alphas)                         # an ordinary pass does change it
+    net(tree_leaves(batches)[0], m.A)                         # an ordinary pass does change it
     assert not same(before, snapshot(*parts))
 
 
@@ -829,7 +836,7 @@ def test_corners_of_the_gradients():
 
 def test_virtual_weights_are_the_optimizers_step():
     m, ((x, y, _), *_) = lpt_problem()
-    grads = ops.grad(F.cross_entropy(m.testee(x, m.alphas), y), m.w)
+    grads = ops.grad(F.cross_entropy(m.testee(x, m.A), y), m.w)
     for fresh in (False, True):                                    # with and without momentum
         if fresh:
             m.testee_opt.state.clear()
@@ -912,12 +919,12 @@ class NaiveSupernet(nn.Module):
     """The search network with one mixed operation per edge (DARTS Eq. 2), for every base."""
 
     def __init__(self, C, num_classes, layers, kept=ops.ALL, partial=1, auxiliary=False,
-                 imagenet=False):
+                 large=False):
         super().__init__()
-        self.kept, self.partial, self.beta, C_p = kept, partial, 0.0, C if imagenet else 3 * C
+        self.kept, self.partial, self.beta, C_p = kept, partial, 0.0, C if large else 3 * C
         self.stem0 = nn.Sequential(nn.Conv2d(3, C_p, 3, padding=1, bias=False), nn.BatchNorm2d(C_p))
         self.stem1 = nn.Identity()
-        if imagenet:
+        if large:
             def conv(a, b):
                 return nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b)
             self.stem0 = nn.Sequential(*conv(3, C // 2), nn.ReLU(), *conv(C // 2, C))
@@ -925,7 +932,7 @@ class NaiveSupernet(nn.Module):
         self.pre, self.edges, self.reduction = nn.ModuleList(), nn.ModuleList(), []
         self.auxiliary, C_pp = nn.ModuleList(), C_p
         for i in range(layers):
-            before = self.reduction[-1] if self.reduction else imagenet
+            before = self.reduction[-1] if self.reduction else large
             self.reduction.append(i in (layers // 3, 2 * layers // 3))
             reduction = self.reduction[-1]
             C *= 2 if reduction else 1
@@ -946,7 +953,7 @@ class NaiveSupernet(nn.Module):
             C_pp, C_p = C_p, 4 * C
         self.classifier = nn.Linear(C_p, num_classes)
 
-    def forward(self, x, alphas):
+    def forward(self, x, A):
         s0 = self.stem0(x)
         s1 = self.stem1(s0)
         for pre, edges, auxiliary, reduction in zip(self.pre, self.edges, self.auxiliary,
@@ -955,7 +962,7 @@ class NaiveSupernet(nn.Module):
             for node in range(4):
                 total, first = 0, e
                 for j in range(2 + node):
-                    x, alpha = states[j], alphas[reduction][e]
+                    x, alpha = states[j], A.alpha[reduction][e]
                     names = self.kept[reduction][e]
                     exps = {o: alpha[genotypes.PRIMITIVES.index(o)].exp() for o in names}
                     some = x.shape[1] // self.partial
@@ -971,7 +978,7 @@ class NaiveSupernet(nn.Module):
                         n, c, h, w = mixed.shape
                         mixed = mixed.view(n, self.partial, c // self.partial, h, w)
                         mixed = mixed.transpose(1, 2).reshape(n, c, h, w)
-                        into = alphas[2 + reduction][first:first + 2 + node].exp()
+                        into = A.beta[reduction][first:first + 2 + node].exp()
                         mixed = mixed * into[j] / into.sum()
                     total = total + mixed
                     e += 1
@@ -996,16 +1003,7 @@ def weight_pairs(net, naive):
             for m, e in enumerate(rows):
                 for o, op in edges[e].items():
                     has_it = [r for r in rows if o in edges[r]]
-                    if o.startswith("sep"):
-                        parts = [part.get_parameter(f"{kind}.weight") for part in state.ops[o]
-                                 for kind in ("depthwise", "pointwise")]
-                    elif o.startswith("dil"):
-                        parts = [state.ops[o].get_parameter(f"{kind}.weight")
-                                 for kind in ("depthwise", "pointwise")]
-                    elif o == "skip_connect" and state.stride == 2:
-                        parts = [state.ops[o].conv1.weight, state.ops[o].conv2.weight]
-                    else:
-                        parts = []
+                    parts = state.ops[o].parameters() if o in state.ops else []
                     for a, b in zip(parts, op.parameters(), strict=True):
                         k = has_it.index(e)
                         yield a, slice(k * len(b), (k + 1) * len(b)), b
@@ -1021,10 +1019,11 @@ def twins(C=4, num_classes=5, layers=3, dtype=torch.float64, kept=ops.ALL, parti
     with torch.no_grad():
         for merged, rows, single in weight_pairs(net, naive):
             single.copy_(merged[rows])
-    alphas = [nn.Parameter(a.detach() + torch.randn(a.shape).to(dtype))
-              for a in ops.initial_alphas("cpu", kept, partial)]
+    A = ops.Architecture(kept, partial).to(dtype)
+    for parameter in A.parameters():
+        nn.init.normal_(parameter)
     net.knobs.auxiliary = naive.beta = 0.7 * bool(options.get("auxiliary"))
-    return net, naive, alphas
+    return net, naive, A
 
 
 @pytest.mark.parametrize("size,options", slow_but({0, 3, 5, 7, 9}, [    # maps of
@@ -1032,13 +1031,14 @@ def twins(C=4, num_classes=5, layers=3, dtype=torch.float64, kept=ops.ALL, parti
     (16, dict(kept=pruned(5))), (12, dict(kept=pruned(3, 1), layers=5)),           # P-DARTS
     (16, dict(partial=4, C=8)), (16, dict(partial=2, layers=4)),  # PC-DARTS
     (16, dict(auxiliary=True)), (12, dict(auxiliary=True, layers=6)),              # DARTS-
-    (64, dict(imagenet=True, partial=4, C=8)), (40, dict(imagenet=True))]),
+    (64, dict(large=True, partial=4, C=8)), (40, dict(large=True))]),
     ids=lambda v: str(v)[:40])
 def test_supernet_is_the_per_edge_one(size, options):
-    net, naive, alphas = twins(**options)
+    net, naive, A = twins(**options)
+    alphas = list(A.parameters())
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in naive.parameters())
     x, y = torch.randn(3, 3, size, size, dtype=torch.float64), torch.tensor([0, 1, 2])
-    a, b = net(x, alphas), naive(x, alphas)
+    a, b = net(x, A), naive(x, A)
     assert relative_error([a], [b]) < 1e-10
     n = len(alphas)
     ours = torch.autograd.grad(F.cross_entropy(a, y), [*alphas, *net.parameters()])
@@ -1052,27 +1052,26 @@ def test_supernet_is_the_per_edge_one(size, options):
     assert not of                                                  # each has been compared, once
     assert max(relative_error([to[w]], [seen[w]]) for w in to) < 1e-10
     net.eval(), naive.eval()                                       # the same statistics were kept
-    assert relative_error([net(x, alphas)], [naive(x, alphas)]) < 1e-10
+    assert relative_error([net(x, A)], [naive(x, A)]) < 1e-10
 
 
 def test_skip_dropout_is_one_mask_a_step():
     torch.manual_seed(0)
-    net = ops.Supernet(4, 5, 3)
-    alphas = [nn.Parameter(a) for a in ops.initial_alphas("cpu")]
-    x, knobs = torch.randn(2, 3, 16, 16), net.knobs
-    plain = net(x, alphas)
-    knobs.skip_dropout = 0.5
+    net, A, x = ops.Supernet(4, 5, 3), ops.Architecture(), torch.randn(2, 3, 16, 16)
+    plain = net(x, A)
+    net.knobs.skip_dropout = 0.5
     torch.manual_seed(1)
-    once = net(x, alphas)
-    assert torch.equal(once, net(x, alphas)) and not torch.equal(once, plain)
+    once, drawn = net(x, A), torch.rand(3)
+    assert torch.equal(once, net(x, A)) and not torch.equal(once, plain)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3))                       # as if there had been no pass
     torch.manual_seed(2)
-    assert not torch.equal(once, net(x, alphas))
+    assert not torch.equal(once, net(x, A))
     net.eval()
-    assert torch.equal(net(x, alphas), net(x, alphas))
+    assert torch.equal(net(x, A), net(x, A))
     edges = ops.MixedEdges(2, [["none", "skip_connect"]] * 3, 1, ops.Knobs(skip_dropout=0.25))
     p = torch.zeros(3, 8)
     p[:, 3] = torch.tensor([0.1, 0.2, 0.3])
-    edges.knobs.generator = torch.Generator().manual_seed(0)
     outs = edges(torch.ones(8, 2, 32, 32), p).chunk(3, 1)
     for out, weight in zip(outs, p[:, 3]):                         # a mask per edge, the mean kept
         assert torch.allclose(out.unique(), torch.tensor([0, weight / 0.75]))
@@ -1082,14 +1081,14 @@ def test_skip_dropout_is_one_mask_a_step():
 
 def test_the_contiguous_supernet_is_the_same(monkeypatch):
     for options in ({}, dict(partial=4, C=8), dict(kept=pruned(3))):
-        net, _, alphas = twins(**options)
+        net, _, A = twins(**options)
         x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-        wanted = [*alphas, *net.parameters()]
-        one = torch.autograd.grad(net(x, alphas).square().sum(), wanted)
+        wanted = [*A.parameters(), *net.parameters()]
+        one = torch.autograd.grad(net(x, A).square().sum(), wanted)
         with monkeypatch.context() as patch:
             patch.setattr(ops, "memory_format", lambda device: torch.contiguous_format)
             net = ops.place(net, "cpu")
-            two = torch.autograd.grad(net(x, alphas).square().sum(), wanted)
+            two = torch.autograd.grad(net(x, A).square().sum(), wanted)
         assert max(relative_error([a], [b]) for a, b in zip(one, two)) < 1e-10
 
 
@@ -1104,6 +1103,14 @@ def test_a_strided_reduction_stays_in_its_memory():
 # ------------------------------------------------------------------------------------ architecture
 
 
+def decoded(normal, reduce, *beta, **options):
+    """The cell of an architecture with these parameters."""
+    A = ops.Architecture(partial=1 + len(beta), **options)
+    for parameter, value in zip(A.parameters(), (normal, reduce, *beta), strict=True):
+        parameter.data = value
+    return A.cell()
+
+
 def test_decoding_by_hand():
     """Rows: an edge each, in the order none max avg skip sep3 sep5 dil3 dil5."""
     alpha = torch.zeros(14, 8)
@@ -1112,7 +1119,7 @@ def test_decoding_by_hand():
     alpha[5:9] = 0                                                 # all tied: states 0, 1, max_pool
     alpha[9, 2] = alpha[9, 7] = 3                                  # a tie within an edge: the first
     alpha[12, 1], alpha[13, 1] = 1, 1.5                            # three edges compete: 5 <- 0, 4
-    cell = ops.decode([alpha, torch.zeros(14, 8)])
+    cell = decoded(alpha, torch.zeros(14, 8))
     assert cell.normal == [
         ("sep_conv_3x3", 0), ("dil_conv_3x3", 1),
         ("sep_conv_5x5", 2), ("skip_connect", 1),
@@ -1123,7 +1130,7 @@ def test_decoding_by_hand():
     alpha = torch.zeros(14, 8)
     alpha[2, 4], alpha[3, 4], alpha[4, 4] = 3, 2, 1
     alpha[2, 0] = 9
-    assert ops.decode([alpha, alpha]).normal[2:4] == [("sep_conv_3x3", 1), ("sep_conv_3x3", 2)]
+    assert decoded(alpha, alpha).normal[2:4] == [("sep_conv_3x3", 1), ("sep_conv_3x3", 2)]
 
 
 def test_decoding_with_edge_weights_by_hand():
@@ -1132,11 +1139,10 @@ def test_decoding_with_edge_weights_by_hand():
     alpha[2, 4], alpha[3, 5], alpha[4, 6] = 3, 2, 2.5              # node 3's edges: 0.74 0.51 0.63
     beta[2], beta[3], beta[4] = -1, 0, 1                           # times 0.09 0.24 0.67
     beta[5], beta[8] = 1, 2                                        # node 4: states 3 and 0
-    cell = ops.decode([alpha, alpha, beta, torch.zeros(14)])
+    cell = decoded(alpha, alpha, beta, torch.zeros(14))
     assert cell.normal[2:6] == [("dil_conv_3x3", 2), ("sep_conv_5x5", 1),
                                 ("max_pool_3x3", 3), ("max_pool_3x3", 0)]
     assert cell.reduce[2:4] == [("sep_conv_3x3", 0), ("dil_conv_3x3", 2)]
-    assert abs(ops.edge_weights(beta)[2:5].sum() - 1) < 1e-6
 
 
 def test_at_most_two_skip_connections_by_hand():
@@ -1148,14 +1154,14 @@ def test_at_most_two_skip_connections_by_hand():
         alpha[row, skip] = value
     alpha[4, sep] = 0.3                                            # comes in when row 3 goes
     alpha[2, sep] = 1.0                                            # and when row 2's goes
-    normal = ops.decode([alpha, alpha]).normal
+    normal = decoded(alpha, alpha).normal
     assert normal[:4] == [("skip_connect", 0), ("skip_connect", 1), ("skip_connect", 0),
                           ("skip_connect", 1)] and normal[6] == ("skip_connect", 0)
-    limited = ops.decode([alpha, alpha], max_skips=2)
+    limited = decoded(alpha, alpha, max_skips=2)
     assert limited.normal[:4] == [("skip_connect", 0), ("skip_connect", 1), ("sep_conv_3x3", 0),
                                   ("sep_conv_3x3", 2)]
     assert ("skip_connect", 0) not in limited.normal[6:]
-    assert limited.reduce == ops.decode([alpha, alpha]).reduce     # alone is limited
+    assert limited.reduce == decoded(alpha, alpha).reduce     # alone is limited
 
 
 def test_a_decoded_cell_has_only_operations_of_its_edges():
@@ -1165,30 +1171,70 @@ def test_a_decoded_cell_has_only_operations_of_its_edges():
         kept = [[["none", genotypes.PRIMITIVES[o]] for o in torch.randint(1, 8, (14,)).tolist()]
                 for _ in range(2)]
         kept[0][:5] = [["none", "skip_connect"]] * 5
-        alphas = [a.detach() + torch.randn(a.shape) for a in ops.initial_alphas("cpu", kept)]
-        normal, rows = ops.decode(alphas, max_skips=1).normal, [0, 0, 2, 2, 5, 5, 9, 9]
+        normal = decoded(*torch.randn(2, 14, 8), kept=kept, max_skips=1).normal
+        rows = [0, 0, 2, 2, 5, 5, 9, 9]
         assert all(name in kept[0][row + state] for row, (name, state) in zip(rows, normal))
 
 
 def test_pruning_by_hand():
     """P-DARTS: 8, 5, 3 candidates; the lower index goes first where alphas are equal."""
-    names = genotypes.PRIMITIVES
-    alpha = torch.zeros(14, 8)
-    alpha[0] = torch.tensor([0.5, -1, 2, 0.1, 0.2, -3, 1, 0.3])
-    kept = ops.prune([alpha, -alpha], 5)
+    names, A = genotypes.PRIMITIVES, ops.Architecture()
+    A.alpha[0].data, A.alpha[1].data = torch.zeros(14, 8), torch.zeros(14, 8)
+    A.alpha[0].data[0] = torch.tensor([0.5, -1, 2, 0.1, 0.2, -3, 1, 0.3])
+    A.alpha[1].data = -A.alpha[0].data
+    kept = A.prune(5)
     assert kept[0][0] == ["none", "avg_pool_3x3", "sep_conv_3x3", "dil_conv_3x3", "dil_conv_5x5"]
     assert kept[1][0] == ["max_pool_3x3", "skip_connect", "sep_conv_3x3", "sep_conv_5x5",
                           "dil_conv_5x5"]
     assert kept[0][1] == names[3:]
-    second = [a.detach() for a in ops.initial_alphas("cpu", kept)]
-    for cell, a in zip(kept, second):
-        assert [[n for n, v in zip(names, row) if v != ops.DROPPED] for row in a.tolist()] == cell
-    assert F.softmax(second[0], -1)[0, 1] == 0
-    second[0][0, 0] = -1                                           # `none` goes, of the survivors
-    second[0][0, 4] = -2
-    assert ops.prune(second, 3)[0][0] == ["avg_pool_3x3", "dil_conv_3x3", "dil_conv_5x5"]
-    second[0][0, 0] = 5                                            # strongest, and yet not decoded
-    assert "none" not in [op for op, _ in ops.decode(second).normal]
+    second = ops.Architecture(kept)
+    for cell, dropped, (p, _) in zip(kept, second.dropped, second.weights()):
+        assert [[n for n, gone in zip(names, row) if not gone] for row in dropped.tolist()] == cell
+        assert ((p == 0) == dropped).all() and torch.allclose(p.sum(1), torch.ones(14))
+    row = second.alpha[0].data[0]
+    row[1] = 9                                                     # was dropped: does not return
+    row[0], row[4] = -1, -2                                        # `none` goes, of the survivors
+    assert second.prune(3)[0][0] == ["avg_pool_3x3", "dil_conv_3x3", "dil_conv_5x5"]
+    row[0] = 5                                                     # strongest, and yet not decoded
+    assert not {"none", "max_pool_3x3"} & {op for op, state in second.cell().normal[:2]}
+    again = ops.Architecture(kept=ops.ALL)                         # a state says how it decodes
+    again.load_state_dict(second.state_dict())
+    assert again.cell() == second.cell() and again.prune(3) == second.prune(3)
+
+
+def test_what_an_architecture_reports():
+    """The entropy of a uniform edge is ln 8, of a decided one 0; edge weights do not count."""
+    for partial in (1, 4):
+        A = ops.Architecture(partial=partial)
+        for alpha in A.alpha:
+            alpha.data = torch.zeros(14, 8)
+        A.alpha[0].data[:, 3] = 100
+        figures, weights = A.report()
+        assert figures["alpha_entropy"] == pytest.approx(math.log(8) / 2, rel=1e-5)
+        assert figures["skip_connections"] == 8
+        assert weights["normal"] == pytest.approx([0, 0, 0, 1, 0, 0, 0, 0], abs=1e-6)
+        assert weights["reduce"] == pytest.approx([1 / 8] * 8)
+    q = A.weights()[0][1].detach()
+    assert all(part.sum() == pytest.approx(1) for part in q.split([2, 3, 4, 5]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bases_own_penalty_is_added_once_where_A_steps(method, monkeypatch):
+    """In every method, whatever its objective: the step's gradient moves by the penalty's."""
+    (m, batches), given = PROBLEMS[method](), []
+    args = settings(MODULES[method])
+    m.alpha_opt, m.creator_opt = torch.optim.SGD(m.alphas, 0.0), torch.optim.SGD(
+        getattr(m, "creator", None) or [torch.zeros(1)], 0.0)
+    monkeypatch.setattr(ops, "descend", lambda opt, grads, *_: given.append(grads))
+    monkeypatch.setattr(MODULES[method], "descend", lambda *args: None)
+    monkeypatch.setattr(il, "update_weights", lambda *args: None)
+    m.A.epoch = 3
+    for penalty in (lambda: None, lambda: m.A.epoch * sum(a.square().sum() for a in m.alphas)):
+        m.A.penalty = penalty
+        getattr(MODULES[method], ITERATION[method])(m, batches, args)
+    assert len(given) == 2
+    for plain, more, a in zip(*given, m.alphas):
+        assert torch.allclose(more - plain, 6 * a.detach(), rtol=1e-9, atol=1e-12)
 
 
 # =============================================================================== networks, results
@@ -1215,7 +1261,7 @@ def test_parameter_counts(name, capsys):
     assert tuple(counts) == PARAMS[name]
     adds = []                                                      # a multiply-add a weight
     with FakeTensorMode():
-        network = evaluate.Network(genotypes.load(name), 48, 1000, 14, False, True).eval()
+        network = evaluate.Network(genotypes.load(name), 48, 1000, 14, False, (224, 224)).eval()
         for layer in network.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.register_forward_hook(lambda layer, _, out: adds.append(
@@ -1226,16 +1272,17 @@ def test_parameter_counts(name, capsys):
 
 def test_network_sizes_and_auxiliary_head():
     cell = genotypes.load("LPT_PDARTS")
-    for size in (28, 30, 32, 33, 48, 64, 96):
+    for size in (28, 30, 32, 33, 48, 64, 96, 130):
         network = evaluate.Network(cell, 4, 7, 3, size=(size, size))
         logits, auxiliary = network(torch.randn(2, 3, size, size))
         assert logits.shape == auxiliary.shape == (2, 7)
-        without = evaluate.Network(cell, 4, 7, 3, auxiliary=False)
+        without = evaluate.Network(cell, 4, 7, 3, auxiliary=False, size=(size, size))
         assert evaluate.count_params(network) == evaluate.count_params(without)
         network.eval()
         assert network(torch.randn(1, 3, size, size))[1] is None
-    wide = evaluate.Network(cell, 8, 7, 3, imagenet=True, size=(64, 64))
-    assert wide(torch.randn(2, 3, 64, 64))[1].shape == (2, 7)
+    for size, stride in ((95, 1), (96, 8)):                        # of the stem
+        network = evaluate.Network(cell, 8, 7, 3, size=(size, size + 9))
+        assert network.stem1(network.stem0(torch.zeros(1, 3, size, size))).shape[2] == size / stride
 
 
 def test_the_auxiliary_head_pools_as_the_adaptive_one():
@@ -1287,7 +1334,28 @@ def test_genotypes_as_json_text_and_svg(tmp_path, monkeypatch, capsys):
         text = str(cell).replace("[2, 3, 4, 5]", "range(2, 6)")    # as DARTS prints it
         Path("log.txt").write_text(f"{genotypes.random_cell(9)}\n12:00 genotype = {text}\nend")
         assert genotypes.load(text) == genotypes.load("log.txt") == cell
+        pairs = {k: [v[i:i + 2] for i in range(0, 8, 2)] if len(v) == 8 else v    # pt.darts'
+                 for k, v in cell._asdict().items()}
+        nested = "Genotype(" + ", ".join(f"{k}={v}" for k, v in pairs.items()) + ")"
+        (tmp_path / "g.json").write_text(json.dumps(pairs))
+        assert genotypes.load(nested) == genotypes.load("g.json") == cell
     assert genotypes.random_cell(1) == genotypes.random_cell(1) != genotypes.random_cell(2)
+    with pytest.raises(genotypes.BadInput):                        # three edges in a node
+        genotypes.load(nested.replace("[[(", "[[('skip_connect', 0), (", 1))
+
+
+def test_a_drawing_overwrites_nothing_else(tmp_path, monkeypatch, capsys):
+    """A run's search.svg beside its search.log; the text is printed first."""
+    monkeypatch.chdir(tmp_path)
+    cell = genotypes.load("DARTS_V2")
+    Path("search.log").write_text(str(cell)), Path("search.svg").write_text("a curve")
+    with pytest.raises(SystemExit):
+        genotypes.main(["search.log"])
+    page = capsys.readouterr()
+    assert genotypes.to_text(cell) in page.out and "search.svg is another file" in page.err
+    assert Path("search.svg").read_text() == "a curve"
+    for _ in range(2):                                             # its own it writes again
+        genotypes.main(["search.log", "--out", "x.svg"]), genotypes.main(["DARTS_V2"])
 
 
 @pytest.mark.parametrize("end", ["\ngenotype = Genotype(normal=[('sep_co", "\nsaw Genotype(...)"])
@@ -1336,31 +1404,31 @@ def test_a_search_as_a_picture():
 
 
 def test_the_rows_of_the_papers_tables():
-    def row(method, changed, **args):
-        return genotypes.row(method, {"base": "darts-2nd", "ablation": 0, "encoder": "resnet18",
-                                      "audience": "resnet18", "joint": False, "tasks": ["a", "b"],
-                                      "changed": changed, **args})
-
+    """Each script names its own; the papers' errors are those of cells found where theirs were."""
     both = "cifar100+cifar10"
-    for name, expected, found_on, dataset, errors in (
-            (row("lpt", {}, base="pdarts", encoder="resnet50"), "LPT-R50-P-DARTS", "cifar100",
+    for module, argv, row, found_on, dataset, errors in (
+            (lpt, ["--base", "pdarts", "--encoder", "resnet50"], "LPT-R50-P-DARTS", "cifar100",
              "cifar100", ("16.38±0.07", "-")),
-            (row("lpt", {"seed": 2, "lam": 0.5}, base="darts-"), "LPT-R18-DARTS-, lambda 0.5",
-             "cifar100", "cifar100", ("-", "-")),
-            (row("lpt", {}, base="pdarts", ablation=2), "LPT-R18-P-DARTS, ablation 2", "cifar100",
-             "cifar100", ("17.54±0.07", "-")),
-            (row("lpt", {}, base="darts+", encoder="none"), "DARTS+", "cifar100", "imagenet",
+            (lpt, ["--base", "darts-", "--lambda", "0.5", "--seed", "2"],
+             "LPT-R18-DARTS-, lambda 0.5", "cifar100", "cifar100", ("-", "-")),
+            (lpt, ["--base", "pdarts", "--ablation", "2"], "LPT-R18-P-DARTS, ablation 2",
+             "cifar100", "cifar100", ("17.54±0.07", "-")),
+            (lpt, ["--base", "darts+", "--encoder", "none"], "DARTS+", "cifar100", "imagenet",
              ("23.7", "7.2")),
-            (row("lpt", {}, base="pdarts"), "LPT-R18-P-DARTS", "cifar10", "cifar100", ("-", "-")),
-            (row("lease", {}), "LeaSE-R18-DARTS-2nd", "cifar10", "imagenet", ("24.7", "7.9")),
-            (row("il", {}, base="pcdarts"), "IL-PC-DARTS", both, "cifar10", ("2.55±0.11", "-")),
-            (row("il", {"lam": 1.0}, base="pcdarts"), "IL-PC-DARTS, coupling 1.0", both, "cifar10",
-             ("-", "-")),
-            (row("il", {}, joint=True), "JL-DARTS-2nd", "cifar10", "cifar10", ("-", "-")),
-            (row("il", {}, tasks=["a"]), "IL-DARTS-2nd of one task", both, "cifar10", ("-", "-"))):
-        assert name == expected and genotypes.paper_errors(name, found_on, dataset) == errors
+            (lpt, ["--base", "pdarts"], "LPT-R18-P-DARTS", "cifar10", "cifar100", ("-", "-")),
+            (lease, [], "LeaSE-R18-DARTS-2nd", "cifar10", "imagenet", ("24.7", "7.9")),
+            (il, ["--base", "pcdarts"], "IL-PC-DARTS", both, "cifar10", ("2.55±0.11", "-")),
+            (il, ["--base", "pcdarts", "--coupling", "1"], "IL-PC-DARTS, lambda 1.0", both,
+             "cifar10", ("-", "-")),
+            (il, ["--joint"], "JL-DARTS-2nd", "cifar10", "cifar10", ("-", "-")),
+            (il, ["--tasks", "cifar10"], "IL-DARTS-2nd of one task", both, "cifar10", ("-", "-"))):
+        assert module.row(module.get_args(argv)[0]) == row
+        assert genotypes.paper_errors(row, found_on, dataset) == errors
+    assert genotypes.paper_errors("P-DARTS", "cifar10", "cifar10") == ("2.50", "-")
     for cell in genotypes.PUBLISHED.values():                      # each has an error of its own
         assert genotypes.paper_errors(cell.row, cell.found_on, cell.found_on)[0] != "-", cell.row
+        assert ops.BASES[cell.base]["title"] in cell.row.replace(",", "").split("R18-")[-1].split(
+            "R50-")[-1].split(" ")[0]
 
 
 def test_summary_of_results(tmp_path, capsys):
@@ -1368,7 +1436,8 @@ def test_summary_of_results(tmp_path, capsys):
     def write(name, **changes):
         (tmp_path / name).mkdir()
         result = {"cell": "LPT-R18-DARTS-2nd", "found_on": "cifar100", "dataset": "cifar100",
-                  "data": "cifar100", "fingerprint": "1", "genotype": GOOD, "test_error": 20.0,
+                  "data": "cifar100", "fingerprint": "1", "test_fingerprint": "1",
+                  "genotype": GOOD, "test_error": 20.0,
                   "top5_error": 5.0, "params_M": 2.0, "layers": 20, "channels": 36, "epochs": 600,
                   "changed": {}, "search_days": 1.0} | changes
         (tmp_path / name / "result.json").write_text(json.dumps(result))
@@ -1376,6 +1445,8 @@ def test_summary_of_results(tmp_path, capsys):
     write("a"), write("b", test_error=21.0, params_M=3.0), write("c", test_error=22.0, genotype=[])
     write("d", cell="random", found_on="", search_days=None, epochs=5, changed={"epochs": 5})
     write("e", test_error=30.0, fingerprint="2")                   # other data of the same name
+    write("k", test_error=0.0, test_fingerprint="2")               # other test images
+    write("l", test_error=40.0, found_in=["5"])                    # a cell from other data
     write("f", test_error=10.0, changed={"label_smoothing": 0.1})  # other settings
     write("g", cell="LPT-R18-P-DARTS", dataset="imagenet", data="imagenet", fingerprint="3")
     write("h", cell="LPT-R18-P-DARTS", found_on="cifar10")         # not where the paper found it
@@ -1387,11 +1458,13 @@ def test_summary_of_results(tmp_path, capsys):
         f"LPT-R18-DARTS-2nd | cifar100 | {full} | 21.00 ± 1.00 | 5.00 ± 0.00 | 3 trainings of 2 | "
         "2.33 | 1 | 19.47±0.20 | -",
         "random | cifar100 | 20 cells, C 36, 5 epochs | 20.00 | 5.00 | 1 | 2 | - | - | -",
-        f"LPT-R18-DARTS-2nd | cifar100 | {full} | 30.00 | 5.00 | 1 | 2 | 1 | 19.47±0.20 | -",
+        *(f"LPT-R18-DARTS-2nd | cifar100 | {full} | {error} | 5.00 | 1 | 2 | 1 | 19.47±0.20 | -"
+          for error in ("30.00", "0.00", "40.00")),
         f"LPT-R18-DARTS-2nd, trained with label-smoothing 0.1 | cifar100 | {full} | 10.00 | 5.00 | "
         "1 | 2 | 1 | - | -",
         f"LPT-R18-P-DARTS found on cifar100 | imagenet | {full} | 20.00 | 5.00 | 1 | 2 | 1 | 24.0 "
-        "| 7.1", f"LPT-R18-P-DARTS | cifar100 | {full} | 20.00 | 5.00 | 1 | 2 | 1 | - | -",
+        "| 7.1",
+        f"LPT-R18-P-DARTS found on cifar10 | cifar100 | {full} | 20.00 | 5.00 | 1 | 2 | 1 | - | -",
         f"LeaSE-R18-DARTS-2nd | cifar100 | {full} | 20.00 ± 0.00 | - | 2 cells | 2 | 1 | 19.26 | -"
     ))
     (tmp_path / "z").mkdir()
@@ -1501,13 +1574,15 @@ def test_the_index_of_equations_is_true():
 def test_schedules_of_the_bases():
     def values(base, epochs, **changes):
         args = argparse.Namespace(**ops.BASES[base] | dict(seed=1, epochs=epochs) | changes)
-        net, found = ops.Supernet(4, 5, 3), []
+        net, A, found = ops.Supernet(4, 5, 3), ops.Architecture(), []
         opt, other = (torch.optim.SGD(net.parameters(), 1) for _ in range(2))
         for stage in range(len(args.layers)):
             for epoch in range(epochs):
-                learns = ops.schedule(args, stage, epoch, [net], [opt], other, 0.5)
-                found.append((learns, opt.param_groups[0]["lr"], net.knobs.auxiliary,
-                              net.knobs.skip_dropout, other.param_groups[0]["lr"]))
+                ops.set_epoch(args, stage, epoch, A, [net], [opt], other, 0.5)
+                assert A.epoch == epoch
+                rates = (each.param_groups[0]["lr"] for each in (opt, other))
+                found.append((ops.learns(args, epoch), next(rates), net.knobs.auxiliary,
+                              net.knobs.skip_dropout, next(rates)))
         return list(zip(*found))
 
     learns, lr, auxiliary, dropout, _ = values("darts-", 50)
@@ -1534,9 +1609,9 @@ IL = SEARCH | dict(lam=100, rounds=2, tasks=["cifar100", "cifar10"], step="proxi
 EXPLAINED = SEARCH | dict(gamma=1, audience_lr=0.025, audience="resnet18", batch_size=64)
 ALONE = SEARCH | dict(encoder="none")
 EVALUATE = dict(layers=20, channels=36, epochs=600, batch_size=96, lr=0.025, decay="cosine",
-                momentum=0.9, weight_decay=3e-4, grad_clip=5, cutout=16, auxiliary_weight=0.4,
+                momentum=0.9, weight_decay=3e-4, grad_clip=5, auxiliary_weight=0.4,
                 warm_up=0, label_smoothing=0, drop_path=0.2)
-NETWORK = EVALUATE | dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5, cutout=0,
+NETWORK = EVALUATE | dict(layers=14, channels=48, epochs=250, batch_size=1024, lr=0.5,
                           decay="linear", weight_decay=3e-5, warm_up=5, label_smoothing=0.1,
                           drop_path=0, image_size=224)            # of ImageNet, P-DARTS §4.3
 
@@ -1564,12 +1639,11 @@ def test_the_papers_settings_are_the_defaults(module, argv, expected):
     assert {name: args[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("row,dataset,expected", [
-    ("LPT-R18-P-DARTS", "cifar100", (0.3, 96)), ("IL-PC-DARTS", "cifar10", (0.3, 64)),
-    ("JL-P-DARTS, coupling 1.0", "cifar10", (0.3, 64)), ("IL-DARTS-2nd", "cifar10", (0.2, 96)),
-    ("P-DARTS", "imagenet", (0.0, 1024))])
-def test_a_cells_row_sets_its_training(row, dataset, expected, monkeypatch):
-    monkeypatch.setattr(evaluate, "origin", lambda arch: {"cell": row, "found_on": "cifar10"})
+@pytest.mark.parametrize("method,base,dataset,expected", [
+    ("lpt", "pdarts", "cifar100", (0.3, 96)), ("il", "pcdarts", "cifar10", (0.3, 64)),
+    ("il", "darts-2nd", "cifar10", (0.2, 96)), ("lease", "pdarts", "imagenet", (0.0, 1024))])
+def test_a_cells_base_sets_its_training(method, base, dataset, expected, monkeypatch):
+    monkeypatch.setattr(evaluate, "origin", lambda arch: {"method": method, "base": base})
     args, _ = evaluate.get_args(["--arch", "x", "--dataset", dataset])
     assert (args.drop_path, args.batch_size) == expected
     assert not args.changed.keys() - {"arch", "dataset"}
@@ -1579,8 +1653,10 @@ def test_a_cells_file_is_its_searchs_only_by_name(tmp_path, monkeypatch):
     """Another cell that is evaluated inside a search's folder is not that search's."""
     monkeypatch.chdir(tmp_path)
     Path("log.jsonl").write_text('{"seconds": 5}')
-    Path("run.json").write_text(json.dumps({"method": "lpt", "world_size": 2, "args": ops.identity(
-        lpt.get_args([])[0])}))
+    args = lpt.get_args([])[0]
+    Path("run.json").write_text(json.dumps({
+        "method": "lpt", "row": lpt.row(args), "epochs": 1, "data": ["x"], "world_size": 2,
+        "args": ops.identity(args)}))
     found = evaluate.origin("genotype.json")
     assert found["cell"] == "LPT-R18-DARTS-2nd" and found["found_on"] == "cifar100"
     assert found["search_days"] == pytest.approx(10 / 86400)       # of two devices
@@ -1593,11 +1669,11 @@ def test_run_folders_are_named_by_what_differs():
         return module.get_args([str(a) for a in argv])[0].out.name
 
     assert name(lpt) == "lpt-cifar100-1" and name(il) == "il-cifar100-cifar10-1"
-    assert name(lpt, "--encoder", "resnet50") == "lpt-resnet50-cifar100-1"
-    assert name(lpt, "--base", "pdarts", "--ablation", 1) == "lpt-ablation1-pdarts-cifar100-1"
-    assert name(lpt, "--lambda", 5, "--seed", 3) == "lpt-lam5.0-cifar100-3"
-    assert name(il, "--joint") == "il-joint-cifar100-cifar10-1"
-    assert name(lease, "--weighting", "magnitude") == "lease-magnitude-cifar100-1"
+    assert name(lpt, "--encoder", "resnet50") == "lpt-cifar100-resnet50-1"
+    assert name(lpt, "--ablation", 1, "--base", "pdarts") == "lpt-pdarts-cifar100-ablation1-1"
+    assert name(lpt, "--lambda", 5, "--seed", 3) == "lpt-cifar100-lam5.0-3"
+    assert name(il, "--joint") == "il-cifar100-cifar10-joint-1"
+    assert name(lease, "--weighting", "magnitude") == "lease-cifar100-magnitude-1"
     assert name(lpt, "--quick", "--data", "x", "--device", "cpu") == "lpt-synthetic-1"
     assert name(evaluate, "--arch", "runs/lpt-1/genotype.json") == "evaluate-lpt-1-cifar100-1"
     assert len(name(il, "--tasks", f"folder:{'b' * 300}")) == 200
@@ -1616,12 +1692,7 @@ def test_the_learning_rate_of_an_evaluation():
 
 
 def test_settings_that_follow_from_others(tmp_path, monkeypatch, capsys):
-    """The cutout from the size; --quick on real images; what a resumed search recommends."""
-    def cutout(*argv):
-        return evaluate.get_args(["--arch", "x", *argv])[0].cutout
-
-    assert [cutout(), cutout("--image-size", "20"), cutout("--image-size", "64"), cutout("--quick"),
-            cutout("--quick", "--dataset", "imagenet")] == [16, 10, 16, 4, 0]
+    """--quick on real images; what a resumed search recommends."""
     assert lpt.get_args(["--quick"])[0].changed == {"quick": True}
     monkeypatch.chdir(tmp_path)
     argv = ["--quick", "--image-size", 8, "--channels", 2, "--epochs", 1, "--out", "a"]
@@ -1639,10 +1710,10 @@ def test_help_shows_the_defaults_of_the_chosen_base(capsys):
 # ----------------------------------------------------------------------------- images and streams
 
 
-def images(dataset, data="data", size=None, workers=0, classes=None):
-    """Its training images, or its test images if the training images' classes are given."""
-    args = argparse.Namespace(data=data, image_size=size, workers=workers)
-    return ops.load_images(dataset, args, "cpu", classes)
+def images(dataset, data="data", size=None, workers=0, like=None, hold_out=0):
+    """A data set's training images, or its test images if those are given."""
+    args = argparse.Namespace(data=data, image_size=size, workers=workers, hold_out=hold_out)
+    return ops.load_images(dataset, args, "cpu", like)
 
 
 def test_streams_are_pure_shuffled_and_independent():
@@ -1678,7 +1749,7 @@ def test_augmentation_is_a_crop_flip_and_cutout_of_each_image():
     x, y, back = next(data.read([ops.Request(rows)]))
     assert torch.allclose(x, (plain / 255 - data.mean) / data.std, atol=1e-6)
     assert torch.equal(y, data.labels[:64]) and back.tolist() == [*range(64)]
-    got, _ = data[ops.Request(rows, seeds)]
+    got = torch.from_numpy(data[ops.Request(rows, seeds)][0])
     padded, found = F.pad(plain, (2,) * 4), set()
     for i in range(64):                                            # find each image's own crop
         hits = [(dy, dx, flip) for dy in range(5) for dx in range(5) for flip in (0, 1)
@@ -1688,10 +1759,10 @@ def test_augmentation_is_a_crop_flip_and_cutout_of_each_image():
         found.add(hits[0])
     assert len(found) > 30                                         # drawn per image, not per batch
     assert {f for _, _, f in found} == {0, 1} and {d for d, _, _ in found} == set(range(5))
-    straight, _ = data[ops.Request(rows, seeds, False)]            # --no-flip: the same crops
+    straight = torch.from_numpy(data[ops.Request(rows, seeds, False)][0])  # --no-flip
     assert all(torch.equal(a, b) or torch.equal(a.flip(2), b) for a, b in zip(straight, got))
     assert sum(torch.equal(a, b) for a, b in zip(straight, got)) in range(16, 49)
-    cut, _ = data[ops.Request(rows, seeds, True, 6)]
+    cut = torch.from_numpy(data[ops.Request(rows, seeds, True, 6)][0])
     holes = (cut == (255 * data.mean).byte()).all(1) & (cut != got).any(1)
     assert (holes.sum((1, 2)) <= 36).all() and (holes.sum((1, 2)) == 36).any()
     assert torch.equal(torch.where(holes[:, None], got, cut), got)
@@ -1768,7 +1839,7 @@ def write_cifar(root, monkeypatch, kind="CIFAR10", n=40):
 def test_cifar_files(kind, tmp_path, monkeypatch):
     pixels = write_cifar(tmp_path, monkeypatch, kind)
     train = images(kind.lower(), tmp_path)
-    test = images(kind.lower(), tmp_path, classes=train.classes)
+    test = images(kind.lower(), tmp_path, like=train)
     assert train.images.shape[1:] == test.images.shape[1:] == (3, 32, 32)
     assert torch.equal(test.images.flatten(1), torch.from_numpy(pixels))
     assert torch.allclose(train.mean.flatten(), (train.images / 255.).mean((0, 2, 3)), atol=1e-4)
@@ -1803,13 +1874,111 @@ def test_folder_of_images(tmp_path):
     assert data.images.shape == (24, 3, 12, 12) and data.classes == ["cat", "dog"]
     first = np.asarray(ops.Image.open(root / "train" / "cat" / "0.png"))
     assert np.array_equal(data.images[0].permute(1, 2, 0).numpy(), first)
+    assert data.mean.shape == (3, 1, 1) and not data.large
     mixed = write_folder(tmp_path / "b", sizes=(12, 20), parts=("train", "val"))
-    assert images("folder", mixed, 16).images.shape == (24, 3, 16, 16)
-    assert images("folder", mixed, 16, classes=["cat", "dog"]).images.shape == (24, 3, 16, 16)
+    train = images("folder", mixed, 16)
+    assert train.images.shape == (24, 3, 16, 16)
+    assert images("folder", mixed, 16, like=train).images.shape == (24, 3, 16, 16)
     with pytest.raises(ops.BadInput, match="--image-size"):
         images("folder", mixed)
-    with pytest.raises(ops.BadInput, match="different classes: 'eel' is in one"):
-        images("folder", mixed, 16, classes=["cat", "dog", "eel"])
+    with pytest.raises(ops.BadInput, match="has the classes of"):
+        images("folder", mixed, 16, like=argparse.Namespace(classes=["cat", "dog", "eel"]))
+    for hidden in (mixed / "train" / ".ipynb_checkpoints", mixed / "train" / "cat" / ".trash"):
+        hidden.mkdir()
+        shutil.copy(mixed / "train" / "cat" / "0.png", hidden)     # is no class, no image
+    assert len(images("folder", mixed, 16).labels) == 24
+    shutil.copytree(mixed / "val", mixed / "test")
+    shutil.rmtree(mixed / "test" / "cat")                          # has not the classes: val/ has
+    assert len(images("folder", mixed, 16, like=train).labels) == 24
+    for file in mixed.glob("train/*/*.png"):
+        ops.Image.fromarray(np.full((9, 9), 31, np.uint8)).save(file)
+    with pytest.raises(ops.BadInput, match="nearly black: their largest value is 31"):
+        images("folder", mixed)
+
+
+def test_class_folders_without_a_split(tmp_path):
+    """They are the training images; --hold-out tests on some that nothing has seen."""
+    root = write_folder(tmp_path / "a", parts=("",))
+    with pytest.raises(ops.BadInput, match="--hold-out N, given to the search and to evaluate.py"):
+        images("folder", root)
+    data = images("folder", root, hold_out=6)
+    assert len(data.labels) == 24 and data.classes == ["cat", "dog"]
+    two = write_folder(tmp_path / "b", parts=("train",))           # nor has a train/ alone a test
+    with pytest.raises(ops.BadInput, match="no test images"):
+        images("folder", two)
+    assert len(images("folder", two, hold_out=6).labels) == 24
+
+
+def photographs(root, n=5, classes=("cat", "dog", "eel"), parts=("train", "test")):
+    """JPEGs of several shapes, some of them turned."""
+    rng, exif = np.random.default_rng(0), ops.Image.Exif()
+    exif[0x112] = 6
+    for part, name, i in itertools.product(parts, classes, range(n)):
+        (root / part / name).mkdir(parents=True, exist_ok=True)
+        shape = [(120, 160), (200, 100), (98, 98)][i % 3]
+        image = ops.Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(shape)
+        image.save(root / part / name / f"{i}.jpg", exif=exif if i % 2 else ops.Image.Exif())
+    return root
+
+
+def test_large_images_are_treated_as_imagenets(tmp_path):
+    """From 96 pixels on, whatever the data set is called: in files, cropped at random sizes."""
+    root = photographs(tmp_path)
+    small, large = images("folder", root, 95), images("folder", root, 96)
+    assert torch.is_tensor(small.images) and not small.large and small.zoom == 1
+    assert large.large and large.images[0].endswith("0.jpg") and large.size == (96, 96)
+    assert large.zoom == 256 / 224 and large.mean.flatten().tolist() == pytest.approx(
+        [0.485, 0.456, 0.406])
+    assert images("imagenet", root, 96).fingerprint() == large.fingerprint()
+    assert images("folder", root, 96, like=large).images[0].startswith(str(root / "test"))
+    x, y, _ = next(large.read([ops.Request(np.arange(15), np.arange(15))]))
+    again, *_ = next(large.read([ops.Request(np.arange(15), np.arange(15))]))
+    other, *_ = next(large.read([ops.Request(np.arange(15), np.arange(15) + 1)]))
+    assert x.shape == (15, 3, 96, 96) and torch.equal(x, again) and not torch.equal(x, other)
+    cut, _ = large[ops.Request(np.arange(15), np.arange(15), True, 50)]
+    assert (cut == (255 * large.mean).byte().numpy()).all(1).sum() >= 15 * 25 * 25
+    with pytest.raises(ops.BadInput, match="give --image-size"):   # they have several sizes
+        images("folder", root)
+    for file in root.glob("*/*/*.jpg"):
+        ops.Image.open(file).resize((128, 128)).save(file)
+    assert images("folder", root).size == (128, 128)               # their own
+    held = ops.synthetic(3, 96, "cpu")                             # in memory, and yet large
+    assert held.large and held.zoom == 1 and torch.is_tensor(held.images)
+    x, *_ = next(held.read([ops.Request(np.arange(3), np.arange(3))]))
+    assert x.shape == (3, 3, 96, 96)
+    for data in (held, large):
+        run = argparse.Namespace(args=lpt.get_args(["--channels", "4", "--layers", "3"])[0],
+                                 state={"stage": 0})
+        (net,), _ = ops.new_networks(run, [data], "cpu")
+        assert net.stem1(net.stem0(torch.zeros(1, 3, 96, 96))).shape[2] == 12
+
+
+@pytest.mark.parametrize("module", [lpt, slow_but((), [lease])[0]], ids=["lpt", "lease"])
+def test_photographs_from_search_to_answer(module, tmp_path, monkeypatch, capsys):
+    """Halves for the search; the network of the large stem; evaluate.load's transform is the
+    test's; only the recipe is not ImageNet's."""
+    monkeypatch.chdir(tmp_path)
+    photographs(tmp_path / "photos", n=8)
+    some = ["--image-size", 96, "--layers", 3, "--channels", 4, "--epochs", 1, "--device", "cpu",
+            "--dataset", "folder:photos", "--workers", 0]
+    assert run_script(module, *some, *FIRST, "--batch-size", 6, "--out", "search") == (
+        0 if module is lpt else 2)                                 # LeaSE's A waits for an epoch
+    if module is lease:
+        return
+    assert run_script(evaluate, *some, "--arch", "search/genotype.json", "--batch-size", 12,
+                      "--out", "network") == 0
+    result = json.loads(Path("network/result.json").read_text())
+    network, classes, transform = evaluate.load("network")
+    files = sorted(Path("photos/test").glob("*/*"))
+    with torch.no_grad():
+        found = [network(transform(ops.Image.open(file))[None])[0].argmax() for file in files]
+    wrong = np.mean([classes[k] != file.parent.name for k, file in zip(found, files)])
+    assert 100 * wrong == pytest.approx(result["test_error"], abs=1e-3)
+    assert network.stem0[0].stride == (2, 2) and len(files) == result["test_images"] == 24
+    capsys.readouterr()
+    assert run_script(lpt, *some, "--dataset", "imagenet", "--data", "photos", "--batch-size", 6,
+                      "--out", "x") == 2
+    assert "there are 3 images to train on, 0.125 of all" in one_line(capsys)
 
 
 def test_images_of_every_mode(tmp_path):
@@ -1851,43 +2020,60 @@ def test_a_download_that_breaks_off_ends_in_a_line(tmp_path, monkeypatch):
 
 
 def test_no_flip_of_files(tmp_path):
-    files = images("imagenet", imagenet_folder(tmp_path), 32)
+    files = images("folder", photographs(tmp_path), 96)
     a, b = (files[ops.Request(np.arange(6), np.arange(6), flip)][0] for flip in (True, False))
-    assert a.shape == b.shape and not torch.equal(a, b)
-
-
-def imagenet_folder(root, n=12):
-    return write_folder(root, sizes=(70, 84, 66), classes=("cat", "dog", "eel"), n=n,
-                        parts=("train", "val"))
+    assert a.shape == b.shape and not np.array_equal(a, b)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_images_from_files_do_not_hang_on_the_workers(tmp_path):
-    root = imagenet_folder(tmp_path)
-    sets = [images("imagenet", root, 64, workers=n) for n in (0, 2)]
+def test_images_do_not_hang_on_the_workers(tmp_path):
+    root = photographs(tmp_path, n=12)
     rows = np.arange(36)
-    streams = [ops.Stream(data, rows, 8, 1, "train") for data in sets]
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    for step in (0, 1, 2, 7, 8, 3):                                # on, ahead and back
-        got = [stream(step) for stream in streams]
-        assert got[0][0].shape == (8, 3, 64, 64) and got[0][0].dtype == torch.float32
-        for other in got[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(got[0], other))
-    assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(streams[0](0)[0], streams[0](5)[0])
-    image = ops.Image.open(root / "train" / "cat" / "0.png")       # 70 x 72: 73 x 75, 64 of it
-    image = ops.v2.functional.center_crop(ops.v2.functional.resize(image, [73]), [64])
-    assert torch.equal(sets[0].pixels(torch.tensor([0]))[0], ops.v2.functional.pil_to_tensor(image))
-    # a broken file is named, from a worker too
-    broken = root / "train" / "dog" / "3.png"
+    for size in (96, 16):                                          # in files and in memory
+        sets = [images("folder", root, size, workers=n) for n in (0, 2)]
+        streams = [ops.Stream(data, rows, 8, 1, "train") for data in sets]
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        for step in (0, 1, 2, 7, 8, 3):                            # on, ahead and back
+            one, two = (stream(step) for stream in streams)
+            assert one[0].shape == (8, 3, size, size) and one[0].dtype == torch.float32
+            assert all(torch.equal(a, b) for a, b in zip(one, two))
+        assert torch.equal(state, torch.get_rng_state())
+        assert not torch.equal(streams[0](0)[0], streams[0](5)[0])
+    image = ops.Image.open(root / "train" / "cat" / "0.jpg")       # 120 x 160: 110 wide, 96 of it
+    image = ops.v2.functional.center_crop(ops.v2.functional.resize(image, [110]), [96])
+    files = [images("folder", root, 96, workers=n) for n in (0, 2)]
+    assert torch.equal(files[0].pixels([0])[0], ops.v2.functional.pil_to_tensor(image))
+    broken = root / "train" / "dog" / "3.jpg"                      # is named, by a worker too
     broken.write_bytes(broken.read_bytes()[:300])
-    for data in sets[:2]:
-        with pytest.raises(ops.BadInput, match="dog/3.png"):
+    for data in files:
+        with pytest.raises(ops.BadInput, match="dog/3.jpg"):
             list(ops.batches(data, rows, 8))
-        with pytest.raises(ops.BadInput, match="dog/3.png"):
-            stream = ops.Stream(data, rows, 8, 1, "train")
-            [stream(step) for step in range(5)]
+
+
+class Killed(ops.Images):
+    """Images whose reading process is killed, as for want of memory."""
+
+    def __getitem__(self, request):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_reading_processes_need_no_shared_memory_and_may_die(tmp_path, monkeypatch, capsys):
+    """What they send goes through a pipe; when one is killed the run ends in one line."""
+    data = ops.synthetic(3, 16, "cpu")
+    data.workers = 1
+    monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_storage", None)   # by /dev/shm
+    x, y, rows = next(data.read([ops.Request(np.arange(5))]))
+    assert torch.equal(y, data.labels[:5])
+
+    def read(argv):
+        data.__class__ = Killed
+        next(data.read([ops.Request(np.arange(5))]))
+
+    with pytest.raises(SystemExit) as stop:
+        ops.run(read)
+    assert stop.value.code == 1 and "lower --workers" in one_line(capsys)
 
 
 # ----------------------------------------------------------------------- command line, bad input
@@ -1912,7 +2098,6 @@ BAD = [
     (lease, ["--dataset", "folder:nowhere"]), (lease, [*TINY, "--delta-scale", 0]),
     (evaluate, []), (evaluate, ["--arch", "NOPE"]), (evaluate, ["--arch", "random:x"]),
     (evaluate, ["--arch", "random:" + "9" * 5000]), (evaluate, ["--arch", "~no-such-user/x.json"]),
-    (evaluate, [*TINY, "--arch", "DARTS_V2", "--cutout", 8]),
     (evaluate, [*TINY, "--arch", "DARTS_V2", "--hold-out", 2000]),
     (evaluate, ["--arch", "DARTS_V2", "--dataset", "folder:other-size", *SMALL[2:6], "--batch-size",
                 6, "--epochs", 1, "--cutout", 4]),
@@ -1971,7 +2156,8 @@ BROKEN = {                              # an image among good ones, or the folde
     "too few images": lambda file, train: [each.unlink() for each in list(train.glob("*/*"))[2:]]}
 READERS = {
     lpt: ["--dataset", "folder", "--data", "tree"], il: ["--tasks", "folder:tree"],
-    lease: ["--dataset", "imagenet", "--data", "tree", "--subsets", 0.5, 0.5, "--workers", 1],
+    lease: ["--dataset", "imagenet", "--data", "tree", "--subsets", 0.5, 0.5, "--workers", 1,
+            "--image-size", 96],
     evaluate: ["--arch", "random:1", "--dataset", "folder:tree"]}
 
 
@@ -2071,8 +2257,8 @@ def test_search_then_evaluation(module, extra, picture, tmp_path, monkeypatch, c
     cell = genotypes.load(str(run / "genotype.json"))
     assert json.loads(json.dumps(cell._asdict())) == line["genotype"]
     for i, kind in enumerate(("normal", "reduce")):
-        assert np.allclose(line["mean_weights"][kind], F.softmax(state["parts"]["outer"][str(i)], 1
-                                                                 ).mean(0), atol=1e-6)
+        alpha = state["parts"]["A"][f"alpha.{i}"]
+        assert np.allclose(line["mean_weights"][kind], F.softmax(alpha, 1).mean(0), atol=1e-6)
     about = json.loads((run / "run.json").read_text())
     assert about == {k: state[k] for k in about} and about["method"] == module.__name__
     if module is lpt:
@@ -2088,8 +2274,7 @@ def test_search_then_evaluation(module, extra, picture, tmp_path, monkeypatch, c
     assert 0 <= result["test_error"] <= 100 and result["test_images"] == 100
     assert result["genotype"] == line["genotype"] and result["search_days"] == pytest.approx(
         line["seconds"] / 86400)
-    row = genotypes.row(module.__name__, about["args"] | {"changed": {}})
-    assert result["cell"].startswith(row + ", ")
+    assert result["cell"] == about["row"] and result["ended"]
     assert {"layers", "epochs"} <= result["changed"].keys() and "seed" not in result["changed"]
 
 
@@ -2098,8 +2283,8 @@ def test_search_then_evaluation(module, extra, picture, tmp_path, monkeypatch, c
                  else slow)
     for method in METHODS for base in ops.BASES])
 def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys):
-    seen, new_stage = [], ops.new_stage
-    monkeypatch.setattr(ops, "new_stage", lambda *a: seen.append(new_stage(*a)) or seen[-1])
+    seen, new_networks = [], ops.new_networks
+    monkeypatch.setattr(ops, "new_networks", lambda *a: seen.append(new_networks(*a)) or seen[-1])
     layers = [5, 11, 17] if method == "il" else [3, 3, 3]           # the paper's, once
     changes = {"pdarts": ["--layers", *layers], "pcdarts": ["--channels", 8]}.get(base, [])
     warm_up = ["--warm-up", 1] if ops.BASES[base]["warm_up"] else []
@@ -2124,38 +2309,37 @@ def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys)
                                                 net.named_parameters())
     assert ("difficulty" in lines[0] or "val_loss" in lines[0]) == (not warm_up)
     assert "difficulty" in lines[-1] or "val_loss" in lines[-1]
-    alphas = [t for name, t in state["parts"]["outer"].items() if t.shape in ((14,), (14, 8))]
-    assert len(alphas) == (4 if base == "pcdarts" else 2)
+    A = ops.Architecture(partial=ops.BASES[base]["partial"])
+    A.load_state_dict(state["parts"]["A"])
+    assert len([*A.parameters()]) == (4 if base == "pcdarts" else 2)
     if base == "pcdarts":                                          # beta learns, and is decoded
         assert state["parts"]["alpha_opt"]["state"][2]["exp_avg"].abs().max() > 0
     cell = genotypes.load(str(run / "genotype.json"))
-    assert cell == ops.decode(alphas, 2 if base == "pdarts" else 8)
+    assert cell == A.cell() and A.max_skips == (2 if base == "pdarts" else 8)
     assert {op for op, _ in cell.normal + cell.reduce} <= set(genotypes.PRIMITIVES[1:])
 
 
 def test_epochs_without_architecture_leave_both_players_alone(tmp_path, monkeypatch):
     states, save = [], ops.Run.save
     monkeypatch.setattr(ops.Run, "save", lambda run: (save(run), states.append(
-        ops.read_checkpoint(run.args.out)["parts"])))
+        ops.read_checkpoint(run.args.out, "lpt")["parts"])))
     assert search("lpt", *FIRST, "--warm-up", 1, "--epochs", 2, "--out", tmp_path / "run") == 0
     _, first, second = states                                      # the first is of the beginning
-    alpha = [first["outer"]["0"], first["outer"]["2"]]
-    assert alpha[0].abs().max() < 6e-3 and not first["alpha_opt"]["state"]        # as they began
+    assert first["A"]["alpha.0"].abs().max() < 6e-3 and not first["alpha_opt"]["state"]
     assert not first["creator_opt"]["state"] and second["creator_opt"]["state"]
-    assert not torch.equal(first["outer"]["2"], second["outer"]["2"])
-    assert not torch.equal(first["outer"]["0"], second["outer"]["0"])
+    assert not torch.equal(first["creator"]["0"], second["creator"]["0"])
+    assert not torch.equal(first["A"]["alpha.0"], second["A"]["alpha.0"])
     assert first["tester_opt"]["state"] and first["testee_opt"]["state"]
 
 
 def test_darts_plus_stops_at_planted_skips(tmp_path, monkeypatch, capsys):
-    def planted(*args):
-        alphas = initial(*args)
-        with torch.no_grad():
-            alphas[0][:2, 3] += 2                                  # both edges into node 2
-        return alphas
+    class Planted(ops.Architecture):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.alpha[0].data[:2, 3] += 2                         # both edges into node 2
 
-    initial, run = ops.initial_alphas, tmp_path / "run"
-    monkeypatch.setattr(ops, "initial_alphas", planted)
+    run = tmp_path / "run"
+    monkeypatch.setattr(ops, "Architecture", Planted)
     assert search("lpt", "--base", "darts+", "--epochs", 3, "--out", run) == 0
     out = capsys.readouterr().out
     assert "the search ends here: the normal cell has" in out and "Train it" in out
@@ -2304,14 +2488,15 @@ def damages_seen(path, count):
     """How many of `count` truncations and as many flipped bits of a checkpoint are refused, or are
     bits (of padding) that change nothing."""
     good, rng, seen = path.read_bytes(), np.random.default_rng(0), 0
-    whole = flat(ops.read_checkpoint(path.parent))
+    whole = flat(ops.read_checkpoint(path.parent, "evaluate"))
     damaged = [good[:n] for n in rng.integers(len(good), size=count)]
     for at, bit in zip(rng.integers(len(good), size=count), rng.integers(8, size=count)):
         damaged.append(good[:at] + bytes([good[at] ^ 1 << int(bit)]) + good[at + 1:])
     for body in damaged:
         path.write_bytes(body)
         try:
-            seen += same(flat(ops.read_checkpoint(path.parent)), whole) and len(body) == len(good)
+            again = flat(ops.read_checkpoint(path.parent, "evaluate"))
+            seen += same(again, whole) and len(body) == len(good)
         except ops.BadInput as error:
             seen += "checkpoint.pt is damaged" in str(error)
     return seen
@@ -2336,6 +2521,20 @@ class Malicious:
 
     def __reduce__(self):
         return self.call
+
+
+def test_a_run_of_another_version_is_refused_in_a_line(saved_run, capsys):
+    """Also by evaluate.load; df0511b's checkpoints have no version."""
+    path = saved_run / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    for other in ({k: v for k, v in content.items() if k != "version"}, content | {"version": 0},
+                  [content]):
+        torch.save(other, path)
+        capsys.readouterr()
+        assert run_script(evaluate, "--resume", "--out", saved_run) == 2
+        assert "of another version of this code" in one_line(capsys)
+        with pytest.raises(ops.BadInput, match="another version"):
+            evaluate.load(saved_run)
 
 
 def test_no_pickle_is_executed(saved_run, tmp_path, capsys):
@@ -2385,16 +2584,130 @@ def test_a_run_goes_on_only_with_what_it_began_with(tmp_path, capsys, monkeypatc
     assert "another world_size" in capsys.readouterr().err
 
 
-def test_the_saved_cell_is_gone_on_with(tmp_path, monkeypatch):
-    """Whatever has become of its file."""
-    cell, argv = tmp_path / "cell.json", [*TINY, "--epochs", 2, "--checkpoint-minutes", 0]
-    cell.write_text(genotypes.to_json(genotypes.random_cell(1)))
-    argv += ["--arch", cell, "--out", tmp_path / "e"]
-    interrupted(evaluate, argv, tmp_path / "e", monkeypatch, 2)
-    cell.unlink()
-    assert run_script(evaluate, *argv, "--resume") == 0
-    result = json.loads((tmp_path / "e" / "result.json").read_text())
-    assert result["genotype"] == json.loads(json.dumps(genotypes.random_cell(1)._asdict()))
+def test_an_evaluation_keeps_its_cell_and_what_it_is(tmp_path, monkeypatch, capsys):
+    """Wherever the search's folder has gone; another cell in its place is refused."""
+    monkeypatch.chdir(tmp_path)
+    assert search("lpt", *FIRST, "--hold-out", 50, "--epochs", 1, "--out", "search") == 0
+    argv = [*TINY, "--epochs", 2, "--hold-out", 50, "--checkpoint-minutes", 0, "--arch",
+            "search/genotype.json", "--out"]
+    assert run_script(evaluate, *argv, "whole") == 0
+    for name in ("moved", "another"):
+        interrupted(evaluate, [*argv, name], Path(name), monkeypatch, 2)
+    cell = genotypes.load("search/genotype.json")
+    Path("search/genotype.json").write_text(genotypes.to_json(genotypes.random_cell(1)))
+    capsys.readouterr()
+    assert run_script(evaluate, *argv, "another", "--resume") == 2
+    assert "is not the cell that another began with" in one_line(capsys)
+    shutil.rmtree("search")
+    assert run_script(evaluate, *argv, "moved", "--resume") == 0
+    whole, moved = (json.loads(Path(name, "result.json").read_text())
+                    for name in ("whole", "moved"))
+    assert {k: v for k, v in whole.items() if k != "seconds"} == {
+        k: v for k, v in moved.items() if k != "seconds"}
+    assert moved["cell"].startswith("LPT-R18-DARTS-2nd") and moved["search_days"] > 0
+    assert moved["genotype"] == json.loads(json.dumps(cell._asdict()))
+
+
+def test_held_out_images_that_the_search_learned_from_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert search("lpt", *FIRST, "--hold-out", 50, "--epochs", 1, "--out", "s") == 0
+    argv = [*TINY, "--epochs", 1, "--arch", "s/genotype.json", "--out", "e", "--hold-out"]
+    capsys.readouterr()
+    assert run_script(evaluate, *argv, 60) == 2
+    assert "held out 50 of these images" in one_line(capsys)
+    assert run_script(evaluate, *argv, 50, "--out", "f") == 0
+
+
+def test_a_folder_of_images_may_move(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "a")
+    argv = [*SMALL[2:], "--batch-size", 6, "--epochs", 2, *FIRST, "--out", "run"]
+    interrupted(lpt, ["--dataset", "folder:a", *argv], Path("run"), monkeypatch, 2)
+    Path("a").rename("b")
+    assert run_script(lpt, "--dataset", "folder:b", *argv, "--resume") == 0
+
+
+def test_a_folder_with_somebodys_files_is_refused(tmp_path, capsys):
+    """But --resume starts where a run was killed before its first checkpoint, and says so."""
+    argv = [*TINY, *FIRST, "--epochs", 1, "--out", tmp_path]
+    for name in ("notes.txt", "genotype.json", "search.log"):
+        (tmp_path / name).write_text("mine")
+        for more in ([], ["--resume"]):
+            assert run_script(lpt, *argv, *more) == 2 and "is not empty" in one_line(capsys)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "run.json").write_text("{}"), (tmp_path / "checkpoint.pt.tmp").write_text("x")
+    assert run_script(lpt, *argv, "--resume") == 0
+    assert f"no checkpoint in {tmp_path}: starting" in capsys.readouterr().out
+
+
+def test_the_cell_of_an_unfinished_search_is_called_so(tmp_path, monkeypatch, capsys):
+    """In its row, before it is trained and in the table; DARTS+' early end is an end."""
+    monkeypatch.chdir(tmp_path)
+    search_argv = [*TINY, *PRUNED, "--epochs", 1, "--checkpoint-minutes", 0]
+    interrupted(lpt, [*search_argv, "--out", "search"], Path("search"), monkeypatch, 5)
+    assert len(log_of(Path("search"))) == 2                        # of three stages
+    argv = [*TINY, "--epochs", 1, "--arch", "search/genotype.json"]
+    assert evaluate.get_args([*map(str, argv)])[0].drop_path == 0.3
+    for name in ("early", "late"):
+        capsys.readouterr()
+        assert run_script(evaluate, *argv, "--out", name) == 0
+        said = capsys.readouterr().out
+        cell = json.loads(Path(name, "result.json").read_text())["cell"]
+        assert ("note: the search of this cell has not ended" in said) == (name == "early")
+        assert (", after 2 of 3 epochs" in cell) == (name == "early")
+        assert cell.startswith("LPT-R18-P-DARTS, ")
+        assert run_script(lpt, *search_argv, "--resume", "--out", "search") == 0
+    assert run_script(evaluate, "--summary", "early", "late") == 0
+    assert len(capsys.readouterr().out.splitlines()[-2:]) == 2
+    log = log_of(Path("search"))
+    Path("search/log.jsonl").write_text(json.dumps(log[0] | {"stopped": "too many skips"}))
+    assert evaluate.origin("search/genotype.json")["ended"]
+
+
+def test_a_dead_class_is_named(tmp_path, monkeypatch, capsys):
+    """95 images of one class and 5 of another, which an answer of always the first hides."""
+    monkeypatch.setattr(evaluate.Network, "forward", lambda net, x: (
+        net.classifier.weight.sum() * 0 + torch.eye(3)[[0] * len(x)], None))
+    synthetic = ops.synthetic
+
+    def uneven(*args):
+        data = synthetic(*args)
+        data.labels = torch.tensor([0] * 95 + [2] * 5) if args[3] else data.labels
+        return data
+
+    monkeypatch.setattr(ops, "synthetic", uneven)
+    assert run_script(evaluate, *TINY, "--arch", "random:1", "--epochs", 1, "--out",
+                      tmp_path / "e") == 0
+    result, names = json.loads((tmp_path / "e" / "result.json").read_text()), synthetic(
+        3, 8, "cpu").classes
+    assert result["test_error"] == 5 and result["class_errors"] == {names[0]: 0, names[2]: 100}
+    assert f"every test image is wrong of 1 of 2 classes: {names[2]}" in capsys.readouterr().out
+
+
+def test_results_on_other_test_images_are_told_apart(tmp_path):
+    """The training images are the same, test/ is not."""
+    for name in ("a", "b"):
+        write_folder(tmp_path / name)
+    for file in (tmp_path / "b" / "test").glob("*/*"):
+        ops.Image.open(file).rotate(90).save(file)
+    found = []
+    for name in "ab":
+        assert run_script(evaluate, *SMALL[2:], "--batch-size", 6, "--epochs", 1, "--arch",
+                          "random:1", "--dataset", f"folder:{tmp_path}/{name}", "--out",
+                          tmp_path / f"run{name}") == 0
+        found.append(json.loads((tmp_path / f"run{name}" / "result.json").read_text()))
+    assert found[0]["fingerprint"] == found[1]["fingerprint"]
+    assert found[0]["test_fingerprint"] != found[1]["test_fingerprint"]
+    table = evaluate.summary([tmp_path])
+    assert len(table.splitlines()) == 4
+
+
+def test_a_clock_that_is_set_back_counts_no_negative_seconds(tmp_path, monkeypatch):
+    now = itertools.count(1e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    assert search("lpt", *FIRST, "--epochs", 1, "--out", tmp_path / "run") == 0
+    assert log_of(tmp_path / "run")[0]["seconds"] > 0
 
 
 def test_the_home_folders_sign():
@@ -2445,7 +2758,7 @@ def shared_gradients(method):
         x = tree_leaves(batches)[0]
         for net in [stage.net for stage in m.stages] if method == "il" else [
                 part for part in vars(m).values() if isinstance(part, nn.Module)]:
-            settle(net, x, *([m.alphas] if isinstance(net, ops.Supernet) else []))
+            settle(net, x, *([m.A] if isinstance(net, ops.Supernet) else []))
         if method == "lpt":
             m.tester_opt.param_groups[0]["lr"] = 1e-4              # small enough in this mode
     parts = [[own_part(b) for b in each] if method == "il" else own_part(each) if isinstance(
@@ -2572,10 +2885,11 @@ def test_replicas_compute_in_bfloat16_and_drop_their_own_paths(monkeypatch):
     assert seen == [torch.bfloat16]
     devices = [torch.Generator() for _ in range(3)]
     monkeypatch.setattr(torch.cuda, "default_generators", devices)
-    ops.seed_all(1, 2)
+    ops.seed_all("step", 1, 2)
     assert len({g.initial_seed() for g in devices}) == 3
+    assert ops.mixed_seed("a", 1, 0) != ops.mixed_seed("a", 1) != ops.mixed_seed("b", 1)
     first = devices[0].initial_seed()
-    ops.seed_all(1, 2)
+    ops.seed_all("step", 1, 2)
     assert devices[0].initial_seed() == first
 
 

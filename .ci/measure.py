@@ -64,8 +64,8 @@ def problem(module, argv, device, batch, side=32, C=16, layers=8, supernet=ops.S
     """Return a method's learners, batches and arguments, made up: the same on every device."""
     torch.manual_seed(0)
     args, _ = module.get_args(argv)
-    alphas = [nn.Parameter(a.detach().to(dtype)) for a in ops.initial_alphas(device)]
-    shared = alphas, torch.optim.Adam(alphas, args.alpha_lr, (0.5, 0.999), weight_decay=1e-3)
+    A = ops.Architecture().to(device, dtype)
+    shared = A, torch.optim.Adam(A.parameters(), args.alpha_lr, (0.5, 0.999), weight_decay=1e-3)
 
     def learner(net):
         net = ops.place(net.to(dtype), device)
@@ -79,7 +79,7 @@ def problem(module, argv, device, batch, side=32, C=16, layers=8, supernet=ops.S
         return [(images(), torch.randint(100, (batch,)).to(device), None) for _ in range(count)]
 
     if module is il:
-        stages = [il.Stage(*learner(supernet(C, 100, layers)))
+        stages = [il.Learner(*learner(supernet(C, 100, layers)))
                   for _ in range(args.rounds) for k, _ in enumerate(args.tasks)]
         return il.Learners(stages, *shared), (labelled(len(stages)), labelled(2)), args
     searched = learner(supernet(C, 100, layers))
@@ -96,7 +96,7 @@ def problem(module, argv, device, batch, side=32, C=16, layers=8, supernet=ops.S
 
 
 def stage_gradients(m, batches):
-    return [ops.grad(il.loss_of(stage.net, m.alphas, batch), stage.weights)
+    return [ops.grad(il.loss_of(stage.net, m.A, batch), stage.weights)
             for stage, batch in zip(m.stages, batches[0])]
 
 
@@ -165,7 +165,6 @@ def peer_step(what, whose, device, peers, x, y):
 def workload(kind, device, batch=None, peers=None):
     """Return one step to time, for kind "what: whose"."""
     what, _, whose = kind.partition(": ")
-    ops.recordings.clear()                                         # of another workload's learners
     batch = batch or (16 if device.type == "cpu" else 96 if what == "evaluation" else 64)
     torch.manual_seed(0)
     x, y = torch.randn(batch, 3, 32, 32).to(device), torch.randint(100, (batch,)).to(device)
@@ -176,6 +175,7 @@ def workload(kind, device, batch=None, peers=None):
         args, _ = evaluate.get_args([*CELL.split(), *graphs])
         net = ops.place(evaluate.Network(genotypes.load("DARTS_V2"), 36, 100, 20), device)
         m = evaluate.Learner(net, sgd(net), net)
+        m.recordings = {}
         x = x.contiguous(memory_format=ops.memory_format(device))
         return lambda: ops.descend(m.optimizer, evaluate.gradient(m, (x, y, None), args)[0],
                                    "the network", args.grad_clip)
@@ -184,6 +184,7 @@ def workload(kind, device, batch=None, peers=None):
     made = problem(module, [*argv, *graphs], device, batch,
                    supernet=tests.NaiveSupernet if whose == "per edge" else ops.Supernet,
                    **dict(C=8, layers=4) if module is il else {})
+    made[0].recordings = {}
     return lambda: getattr(module, ALGORITHM[module])(*made, what != "supernet")
 
 
@@ -317,11 +318,11 @@ class Checks:
         command, _ = [*self.command(job, folder=f"{job} cut"), *more], self.job(job)
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
-                if line.startswith("epoch 2, step 10/"):
+                if line.startswith("epoch 2/") and " step 10/" in line:
                     process.kill()
         assert process.returncode == -9, f"exit code {process.returncode}"
         self.run([*command, "--resume"])
-        whole, cut = (tree_leaves(ops.read_checkpoint(self.folder / name)["parts"])
+        whole, cut = (tree_leaves(ops.read_checkpoint(self.folder / name, job.split()[0])["parts"])
                       for name in (job, f"{job} cut"))
         same = [torch.equal(a, b) if torch.is_tensor(a) else a == b
                 for a, b in zip(whole, cut, strict=True)]
@@ -335,7 +336,7 @@ class Checks:
             (tree / part / kind).mkdir(parents=True, exist_ok=True)
             torchvision.io.write_png(torch.randint(256, (3, 48, 56)).byte(),
                                      str(tree / part / kind / f"{i}.png"))
-        argv = (f"--dataset imagenet --data {tree} --image-size 64 --channels 8 --epochs 1 "
+        argv = (f"--dataset imagenet --data {tree} --image-size 96 --channels 8 --epochs 1 "
                 "--batch-size 16 --workers 2")
         self.job(f"lpt --base pcdarts --layers 3 --warm-up 0 --subsets 0.5 0.5 {argv}", False, "",
                  "files of lpt")
