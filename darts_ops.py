@@ -299,10 +299,15 @@ def merge_phases(x):
 
 
 def weighted_copies(x, weight):
-    """Return x (N, C, H, W) once per edge, side by side, times weight (edges * C,)."""
-    x = x.permute(0, 2, 3, 1).unsqueeze(3)                        # (N, H, W, 1, C)
-    x = x * weight.view(-1, x.shape[4])                           # (N, H, W, edges, C)
-    return x.flatten(3).permute(0, 3, 1, 2)
+    """Return x (N, C, H, W) once per edge times weight (edges, C) or (edges, 1), channels last:
+    (N, H, W, edges, C)."""
+    return x.permute(0, 2, 3, 1).unsqueeze(3) * weight
+
+
+def side_by_side(x):
+    """Return maps of edges (N, H, W, edges, ...) beside each other, (N, edges * C, H, W)."""
+    x = x.flatten(3).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=memory_format(x.device))
 
 
 class State:
@@ -367,7 +372,8 @@ class Pool(nn.Module):
         self.pool, self.norm = pool, BatchNorm(C, affine=False)
 
     def forward(self, state, weight):
-        return weighted_copies(self.norm(self.pool(state.x)), weight)
+        x = self.norm(self.pool(state.x))
+        return side_by_side(weighted_copies(x, weight.view(-1, x.shape[1])))
 
 
 class Skip(nn.Module):
@@ -382,10 +388,8 @@ class Skip(nn.Module):
     def forward(self, state, weight):
         if self.reduce is not None:
             return self.reduce(state.relu, weight)
-        if not self.knobs.skip_dropout:
-            return weighted_copies(state.x, weight)
-        copies = torch.cat([state.x] * self.n, 1)
-        return F.dropout(copies, self.knobs.skip_dropout, self.training) * weight.view(1, -1, 1, 1)
+        copies = weighted_copies(state.x, weight.view(self.n, -1))
+        return side_by_side(F.dropout(copies, self.knobs.skip_dropout, self.training))
 
 
 def candidate(name, C, stride, n, knobs):
@@ -454,10 +458,9 @@ class MixedEdges(nn.Module):
         """Return out (N, edges * C, H, W) with the bypass beside each edge, channels shuffled."""
         if self.stride == 2:
             bypass = F.max_pool2d(bypass, 2, ceil_mode=True)
-        out = torch.cat([out.unflatten(1, (self.edges, -1)),
-                         q.view(-1, 1, 1, 1) * bypass.unsqueeze(1)], 2)
-        out = out.unflatten(2, (self.partial, -1)).transpose(2, 3).flatten(1, 3)
-        return out.contiguous(memory_format=memory_format(out.device))
+        out = out.permute(0, 2, 3, 1).unflatten(3, (self.edges, -1))    # (N, H, W, edges, C)
+        out = torch.cat([out, weighted_copies(bypass, q[:, None])], 4)
+        return side_by_side(out.unflatten(4, (self.partial, -1)).transpose(4, 5))
 
 
 class SearchCell(nn.Module):
