@@ -917,8 +917,8 @@ def read_checkpoint(folder: Path, method: str) -> dict:
     path = folder / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as archive:                    # torch.save makes one
-            if archive.testzip():
-                raise zipfile.BadZipFile("a checksum is wrong")
+            if archive.testzip() or any(each.external_attr for each in archive.infolist()):
+                raise zipfile.BadZipFile("a checksum or an attribute is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"there is no {path}") from None

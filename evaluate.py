@@ -282,18 +282,36 @@ def summary(folders: list[Path]) -> str:
                                ) from None
     if not groups:
         raise ops.BadInput(f"--summary: no result.json in {', '.join(map(str, folders))}")
-    lines = ["| cell | data | network | test error, % | top-5 | n | parameters, M | search, "
-             "device-days | paper: error | top-5 |", "|---" * 10 + "|"]
+    lines = ["| cell | data | network | test error, % | top-5 | n | parameters, M | search | "
+             "paper: error | top-5 |", "|---" * 10 + "|"]
+    notes = []
     for (data, network, cell, *_), (paper, runs) in sorted(groups.items()):
         errors, top5, params, cells, days = zip(*runs)
-        found, n = len(set(cells)), len(runs)
-        count = f"{n} cells" if found == n > 1 else f"{n} trainings of {found}" if n > 1 else "1"
+        n, found = len(runs), len(set(cells))
+        count = f"{n} trainings, {found} cell{'s' * (found > 1)}" if n > 1 else "1"
         top5, days = ([v for v in values if v is not None] for values in (top5, days))
         lines.append("| " + " | ".join((
-            cell, data, network, spread(errors), spread(top5), count,
-            f"{statistics.mean(params):.3g}", f"{statistics.mean(days):.2g}" if days else "-",
+            short(cell, notes), data, network, spread(errors), spread(top5), count,
+            f"{statistics.mean(params):.3g}", duration(statistics.mean(days)) if days else "-",
             *paper)) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + [""] * bool(notes) + [f"[{i}] {note}" for i, note in
+                                                   enumerate(notes, 1)])
+
+
+def short(cell: str, notes: list[str]) -> str:
+    """Return a row's name; one with more than two settings is shortened and goes into notes."""
+    name, *rest = cell.split(", ")
+    kept = [part for part in rest if part.startswith(("ablation", "after"))]
+    if len(rest) - len(kept) <= 2:
+        return cell
+    if cell not in notes:
+        notes.append(cell)
+    return f"{', '.join([name, *kept])} [{notes.index(cell) + 1}]"
+
+
+def duration(days: float) -> str:
+    """Return how long a search took on one device, in days or, below 0.01 of them, in minutes."""
+    return f"{days:.2g} d" if days >= 0.01 else f"{1440 * days:.2g} min"
 
 
 def spread(values) -> str:

@@ -20,16 +20,16 @@ Departures from the printed equations:
 1. Eq. 7 descends O_Delta, which Eq. 2 maximises; here it ascends: Eq. 15's minus is a plus.
 2. Delta starts at random in every step, where Algorithm 1 goes on from the step before: at zero the
    gradient of O_Delta is zero, and crops and flips are new in every step.
-3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, so that delta' has
-   unit root-mean-square and delta' . x the scale of x; through it too A changes delta'. A step of
-   a learning rate's size moves delta by less than 1e-4 of its length.
+3. The paper gives no xi_Delta. It is per image, sqrt(CHW) / |grad_i O_Delta|, so that the step has
+   unit root-mean-square (delta' 1.04) and delta' . x keeps the scale of x; through it too A changes
+   delta'. A step of a learning rate's size moves delta by less than 1e-4 of its length.
 4. The chain below Eq. 11 leaves out how the explanation depends on A directly, through the f of
    O_Delta: nearly all of the audience's gradient. It is kept, from the same two passes.
 5. The audience's loss is the mean over the mini-batch, where Eq. 3 and 8 print a sum.
 6. The last difference, for Eq. 11 and 17, is one along the explainer's and the audience's parts of
    v_e together: the product that it approximates is linear in its direction. The difference along
-   delta has a radius of its own, --delta-radius: 0.01 would move each of a batch's 38,400 numbers
-   and more by less than 5e-5, and what it then sees is rounding and single kinks.
+   delta has a radius of its own, --delta-radius: 0.01 over the 38,400 numbers of 50 images of 16
+   pixels moves each by 5e-5 (root mean square), and the difference then sees single kinks.
 7. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
    the steps are the actual optimizers', before clipping: momentum and weight decay included.
 8. x in delta' . x is the normalised image, as the networks see it.
