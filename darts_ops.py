@@ -65,6 +65,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return this process's number among them; 0 if it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_sum(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
     """Return the sums of tensors over all processes, times scale."""
     flat = torch.cat([t.detach().flatten() for t in tensors])
@@ -164,8 +169,8 @@ def central_difference(grad_at, w: list[Tensor], v: list[Tensor], radius: float 
 
 
 def descend(optimizer, grads: list[Tensor], learner: str = "a learner", clip: float = 0.0):
-    """Take an optimizer's step along grads, whose total norm is clipped at `clip` (0: not at all).
-    Raises NotFinite, before the step, if a gradient is NaN or infinite."""
+    """Take an optimizer's step along grads, whose total norm is clipped at `clip` (0: not at all);
+    they are clipped in place. Raises NotFinite, before the step, if one is NaN or infinite."""
     weights = optimizer.param_groups[0]["params"]
     for w, g in zip(weights, grads, strict=True):
         w.grad = g
@@ -241,8 +246,8 @@ class FactorizedReduce(nn.Module):
 
 def preprocess(C_in, C_out, after_reduction=False, affine=False):
     """Return what follows the ReLU on a cell's input: a FactorizedReduce after a reduction cell,
-    else a 1 x 1 convolution with BN. The ReLU itself is taken once, where the input is made, since
-    two cells share it."""
+    else a 1 x 1 convolution with BN. The ReLU is applied once, where the input is made, because two
+    cells share it."""
     return (FactorizedReduce(C_in, C_out, affine=affine) if after_reduction else
             nn.Sequential(nn.Conv2d(C_in, C_out, 1, bias=False), BatchNorm(C_out, affine=affine)))
 
@@ -272,7 +277,7 @@ ALL = [[list(PRIMITIVES)] * EDGES] * 2                            # every candid
 
 @dataclass
 class Knobs:
-    """What a base changes in its supernet while it trains; schedule sets them."""
+    """What a base changes in its supernet while it trains; set_epoch sets them."""
     auxiliary: float = 0.0              # DARTS-: weight of the auxiliary skip
     skip_dropout: float = 0.0           # P-DARTS: rate
 
@@ -479,11 +484,13 @@ class SearchCell(nn.Module):
         """p (14, 8), q (14,) or None: the weights of the edges' operations and bypasses, in the
         order of OUTGOING."""
         states, counts = [self.preprocess0(s0), self.preprocess1(s1)], [len(r) for r in OUTGOING]
-        C, nodes = states[1].shape[1], 0                          # nodes: those not complete
+        # nodes: side by side, the sums so far of all nodes that still lack inputs; state j adds to
+        # the last ones of them, and node j - 1 is then complete
+        C, nodes = states[1].shape[1], 0
         q = [None] * len(counts) if q is None else q.split(counts)
         for j, (edges, *weights) in enumerate(zip(self.states, p.split(counts), q)):
             nodes = nodes + edges(states[j], *weights)            # (N, their number * C, H', W')
-            if 0 < j < NODES:                                     # node j - 1 has all its inputs
+            if 0 < j < NODES:
                 done, nodes = nodes.split([C, nodes.shape[1] - C], 1)
                 states.append(done)
         return torch.cat([*states[2:], nodes], 1)                 # (N, 4C, H', W')
@@ -524,8 +531,9 @@ class Supernet(nn.Module):
 
 @contextlib.contextmanager
 def same_draws(device):
-    """Let every pass of a step draw the same random numbers, those after torch's latest seed, as a
-    difference of two passes needs it. Run.steps sets that seed anew in each step."""
+    """Make every forward pass within a step draw the same random numbers, so that the two passes of
+    a finite difference see the same dropout mask: those of the seed that Run.steps set for the
+    step."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(torch.initial_seed())
         yield
@@ -536,7 +544,7 @@ def same_draws(device):
 
 class Architecture(nn.Module):
     """The architecture A: its parameters, the weights that they give a supernet, the cell that they
-    stand for, what its base adds to its loss. Another way to weigh is a change here alone.
+    decode to, and the base's penalty. To weigh operations differently, change this class only.
 
     alpha: of the normal and of the reduction cell, (14, 8) each; beta: with partial channels the
     edges', (14,) each. kept: the candidates of every edge, as Supernet's; max_skips: cell's.
@@ -549,7 +557,7 @@ class Architecture(nn.Module):
         self.register_buffer("dropped", torch.tensor(
             [[[name not in names for name in PRIMITIVES] for names in cell] for cell in kept]))
         self.register_buffer("max_skips", torch.tensor(max_skips))
-        self.epoch = 0                  # of the present stage; schedule sets it
+        self.epoch = 0                  # of the present stage; set_epoch sets it
 
     def weights(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return for the normal and the reduction cell the weights of the edges' operations p
@@ -573,7 +581,8 @@ class Architecture(nn.Module):
         """Take A's step along a method's gradient and that of the base's own penalty."""
         penalty = self.penalty()
         if penalty is not None:
-            own = torch.autograd.grad(penalty, list(self.parameters()))
+            own = torch.autograd.grad(penalty, list(self.parameters()), allow_unused=True,
+                                      materialize_grads=True)
             gradient = [g + o for g, o in zip(gradient, own)]
         descend(optimizer, gradient, "the architecture")
 
@@ -634,14 +643,15 @@ class Architecture(nn.Module):
 # ------------------------------------------------------------------------------------ command line
 # Arguments and their defaults by base and data set.
 
-# What changes no result. All others are what a run is: they name its folder and its row in the
-# tables, and --resume compares them.
+# Arguments that do not define a run: where it lives, where it computes, how it reports. All others
+# do: they name its folder and its row in the tables. --resume compares them (parse), the images and
+# the number of processes (Run).
 FREE = ("out", "resume", "device", "data", "workers", "graphs", "checkpoint_minutes", "log_every")
 
 
 def identity(args) -> dict:
-    """Return the arguments that a run's results depend on, and as "changed" those of them that
-    differ from the defaults."""
+    """Return the arguments that define a run and, once parse has set it, `changed`: those of them
+    that differ from their defaults."""
     return {k: v for k, v in vars(args).items() if k not in FREE}
 
 
@@ -779,8 +789,9 @@ def search_recipe(chosen, own: dict) -> dict:
 def parse(parser, argv, method: str, recipe):
     """Return the parsed arguments and, with --resume, the checkpoint to go on from, or None.
 
-    recipe(chosen) gives the defaults that depend on other arguments, from a first parsing;
-    args.changed is what differs from them. With --resume the defaults are the saved run's, and what
+    recipe(chosen) gives the defaults that depend on other arguments, from a first parsing, and
+    settings that have no argument, as a base's partial; args.changed is what differs from the
+    defaults. With --resume the defaults are the saved run's, and what
     is given beside it must agree. Raises BadInput.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -813,8 +824,8 @@ def parse_search(parser, argv, method: str, own):
     if args.warm_up >= args.epochs:
         raise BadInput(f"--warm-up {args.warm_up}: A would learn in none of a stage's "
                        f"{args.epochs} epochs")
-    if args.channels % (2 * args.partial):
-        raise BadInput(f"--channels {args.channels}: not a multiple of {2 * args.partial}")
+    if args.subsets and (sum(args.subsets) > 1 or not min(args.subsets) > 0):
+        raise BadInput("--subsets: two shares above 0, together at most 1")
     if args.gradient == "exact" and (args.amp == "bf16-all" or "RANK" in os.environ):
         raise BadInput("--gradient exact: needs one process, and not --amp bf16-all")
     return args, checkpoint
@@ -949,7 +960,7 @@ class Run:
         stages = len(args.layers) if isinstance(args.layers, list) else 1
         self.about = {"version": VERSION, "method": method, "row": row, "args": identity(args),
                       "epochs": stages * args.epochs, "data": [data.fingerprint() for data in sets],
-                      "world_size": world_size()}
+                      "sources": [data.source for data in sets], "world_size": world_size()}
         self.state = dict(stage=0, step=0, sums={}, seconds=0.0, history=[], stopped=None)
         if checkpoint:
             for name in ("data", "world_size"):
@@ -1006,7 +1017,7 @@ class Run:
             state["seconds"] += now - lap
             lap = now
             if state["step"] < end and now - self.saved > 60 * self.args.checkpoint_minutes:
-                self.save()                                       # at its end, after the validation
+                self.save()                                       # epochs saves its last step
 
     def log_step(self, **figures: Tensor):
         """Add a step's figures to the epoch's sums and print them now and then."""
@@ -1104,6 +1115,7 @@ class Images(Dataset):
     mean: Tensor                        # (3, 1, 1), in units of 0 to 1
     std: Tensor
     device: torch.device                # where the batches go
+    source: str                         # what they were read from, whatever their size here
     workers: int | None = None          # processes that read for each stream; None: see below
 
     def __post_init__(self):
@@ -1227,7 +1239,7 @@ def read_image(file: str) -> Image.Image:
         raise BadInput(f"cannot read the image {file}: {error}") from None
 
 
-def in_memory(images: Tensor, labels, classes, device, workers=None) -> Images:
+def in_memory(images: Tensor, labels, classes, device, source, workers=None) -> Images:
     """Return images in memory, with the channel statistics of their own."""
     sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
             for x in images.split(256)]
@@ -1236,7 +1248,7 @@ def in_memory(images: Tensor, labels, classes, device, workers=None) -> Images:
     std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
     mean, std = ((s / 255).float().view(3, 1, 1) for s in (mean, std))
     return Images(images, torch.as_tensor(labels).long(), classes, tuple(images.shape[2:]), mean,
-                  std, torch.device(device), workers)
+                  std, torch.device(device), source, workers)
 
 
 def load_images(dataset: str, args, device, like: Images | None = None) -> Images:
@@ -1298,18 +1310,20 @@ def load_folder(root: Path, args, device, like: Images | None) -> Images:
         folder = Folder(test[0]) if like else folder
         files, labels = zip(*folder.samples)
         size = (args.image_size,) * 2 if args.image_size else common_size(files)
+        some = [Path(files[i]).read_bytes() for i in evenly(len(files), 16)]
+        source = hashlib.sha256(repr((folder.classes, labels, some)).encode()).hexdigest()[:16]
     except OSError as error:
         raise BadInput(f"no images in {where}: {error}; {root} must hold train/ and test/ or val/, "
                        "each with a folder of images per class, or such folders") from None
     if min(size) >= LARGE:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS)
         images = Images(list(files), torch.tensor(labels), folder.classes, size, mean, std,
-                        torch.device(device), args.workers)
+                        torch.device(device), source, args.workers)
     else:
         pixels = torch.empty(len(files), 3, *size, dtype=torch.uint8)
         for row, file in enumerate(files):
             pixels[row] = v2.functional.pil_to_tensor(centre(read_image(file), size))
-        images = in_memory(pixels, labels, folder.classes, device, args.workers)
+        images = in_memory(pixels, labels, folder.classes, device, source, args.workers)
     largest = images.pixels(evenly(len(files), 16)).max()
     if largest < 32:
         raise BadInput(f"the images in {where} are nearly black: their largest value is {largest} "
@@ -1323,7 +1337,8 @@ def common_size(files) -> tuple[int, int]:
     for file in files:
         try:
             with Image.open(file) as image:
-                sizes.setdefault(image.size, file)
+                turned = image.getexif().get(0x112, 1) >= 5       # as as_rgb will turn it
+                sizes.setdefault(image.size[::-1] if turned else image.size, file)
         except Exception as error:
             raise BadInput(f"cannot read the image {file}: {error}") from None
         if len(sizes) > 1:
@@ -1350,7 +1365,7 @@ def load_cifar(dataset: str, args, device, test: bool) -> Images:
     if args.image_size not in (None, 32):
         images = torch.cat([v2.functional.resize(part, [args.image_size])
                             for part in images.split(1000)])
-    return in_memory(images, cifar.targets, cifar.classes, device, args.workers)
+    return in_memory(images, cifar.targets, cifar.classes, device, dataset, args.workers)
 
 
 def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> Images:
@@ -1380,17 +1395,15 @@ def synthetic(num_classes: int, image_size: int, device, test: bool = False) -> 
     pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     names = [f"{s}{k}" for k, s in zip(range(num_classes), ["star", "diamond", "disc", "square"]
                                        * num_classes)]
-    return in_memory(torch.from_numpy(pixels), labels, names, device)
+    return in_memory(torch.from_numpy(pixels), labels, names, device,
+                     f"synthetic:{num_classes} of {image_size} pixels")
 
 
 def split_rows(labels, seed: int, hold_out: int = 0, subsets=None):
     """Return the rows of the training half, the validation half and the held-out images: a random
     partition. The held-out ones are the same for every seed, so that another script can test on
     them. subsets: instead of halves, these two shares of every class (PC-DARTS §4.3)."""
-    n = len(labels)
-    if hold_out >= n:
-        raise BadInput(f"--hold-out {hold_out}: there are {n} training images")
-    order = np.random.default_rng(0).permutation(n)
+    order = np.random.default_rng(0).permutation(len(labels))
     held, rest = np.sort(order[:hold_out]), np.sort(order[hold_out:])
     rest = np.random.default_rng([seed, 0]).permutation(rest)
     if not subsets:
@@ -1492,7 +1505,8 @@ def draw_pictures(rows: dict, size: int) -> Image.Image:
 
 # ------------------------------------------------------------------------------------------ bases
 # The base searches as data, and what they do in a search: its stages, what changes from epoch to
-# epoch, when it ends. A new base is a line in BASES and what it does differently here.
+# epoch, when it ends. A new base is a line in BASES; its settings per epoch go into set_epoch, its
+# end into end_epoch, its weights and its penalty into Architecture.
 
 # title: its name in the papers' tables. layers and skip_dropout have an entry per stage, keep (how
 # many candidates of an edge go on) one per stage but the first. Weights and A start anew in each
@@ -1572,7 +1586,7 @@ def set_epoch(args, stage: int, epoch: int, A, nets, opts, other_opt=None, other
     other_lr to 0 over all of them.
     """
     A.epoch, last = epoch, args.epochs - 1
-    falling = (math.exp(-0.2 * (epoch - args.warm_up)) if learns(args, epoch) else
+    falling = (math.exp(-0.2 * (epoch - args.warm_up)) if learns(args, epoch) else   # P-DARTS' code
                (args.epochs - epoch - 1) / args.epochs)
     for net, opt in zip(nets, opts):
         opt.param_groups[0]["lr"] = cosine(args.lr, args.lr_min, epoch, args.epochs)
@@ -1592,7 +1606,7 @@ def end_epoch(run, A, **figures: float):
     """Write what an epoch of a search leaves behind: its line in the log, the cell and drawings.
     Ends the search if its cell has too many skip connections (DARTS+)."""
     args, cell, (report, weights) = run.args, A.cell(), A.report()
-    if 0 < args.stop_at_skips <= report["skip_connections"]:
+    if learns(args, A.epoch) and 0 < args.stop_at_skips <= report["skip_connections"]:
         run.state["stopped"] = f"the normal cell has {report['skip_connections']} skip connections"
     history = run.log_epoch(report | figures, {"mean_weights": weights, "genotype": cell._asdict()})
     title = f"{args.out.name}, epoch {len(history)}"
@@ -1616,11 +1630,6 @@ def print_next(args):
 
 # -------------------------------------------------------------------------------------- processes
 # Several processes stay one search only if whatever they must agree on goes through all_sum.
-
-
-def rank() -> int:
-    """Return this process's number among those that share the run; 0 if it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def mixed_seed(purpose: str, *keys: int) -> int:
@@ -1665,7 +1674,8 @@ def autocast(device, on: bool):
 
 
 def graphed(function):
-    """Make function(m, batches, args, ...) of learners m a CUDA graph if args.graphs is set.
+    """Run function(m, batches, args, ...), a pass of the learners m, as a CUDA graph if args.graphs
+    is set.
 
     A replay repeats the recorded kernels, with the numbers that they were given, in the memory that
     they used. Such numbers, as learning rates, change between epochs, and momenta exist after the

@@ -227,7 +227,7 @@ def origin(arch: str) -> dict:
         return {"cell": search["row"] + left,
                 "found_on": "+".join(name.partition(":")[0] for name in data),
                 "base": args["base"], "method": search["method"], "ended": ended,
-                "found_in": search["data"], "search_hold_out": args["hold_out"],
+                "found_in": search["sources"], "search_hold_out": args["hold_out"],
                 "search_days": sum(line["seconds"] for line in history) / 86400
                 * search["world_size"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -382,8 +382,7 @@ def train(args, checkpoint):
         "network": network_args, "genotype": genotypes.to_json(genotype), "origin": found,
         "classes": data.classes, "zoom": data.zoom, "mean": data.mean.flatten().tolist(),
         "std": data.std.flatten().tolist()})
-    if run.about["data"][0] in found.get("found_in", ()) and (
-            args.hold_out > found["search_hold_out"]):
+    if data.source in found.get("found_in", ()) and args.hold_out > found["search_hold_out"]:
         raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
                            f"{found['search_hold_out']} of these images and learned from the rest")
 

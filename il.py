@@ -16,8 +16,8 @@ and learn in turns, for M rounds; each turn's encoder is pulled towards the one 
     python il.py --tasks cifar100 cifar10 --rounds 2 --coupling 100
     python il.py --tasks cifar100 cifar10 --joint              # the joint baseline JL, Eq. 38
 
-At the paper's lambda = 100 the second task makes 2.5% of the encoders' movement in a reduced
-search; both tasks count at lambda <= 1 (docs/measurements.md).
+At the paper's lambda = 100 the second task accounts for only 2.5% of the encoders' movement in a
+reduced search; at lambda <= 1 both tasks count (docs/measurements.md).
 
 Departures from the printed equations:
 1. The step of Eq. 35 diverges at the paper's settings: 2 eta lambda = 5, so consecutive stages

@@ -33,8 +33,8 @@ Departures from the printed equations:
 7. The gradients that make E' and W' are also those that train E and W (Algorithm 1's order), and
    the steps are the actual optimizers', before clipping: momentum and weight decay included.
 8. x in delta' . x is the normalised image, as the networks see it.
-9. A waits for one epoch, where its base does not let it wait longer: before the explainer has
-   learnt, a change of A in its fifth decimal turns delta' elsewhere. --warm-up 0 is Algorithm 1.
+9. A starts to learn after one epoch, unless its base waits longer: before the explainer has learnt
+   anything, a change of A in its fifth decimal turns delta' elsewhere. --warm-up 0 is Algorithm 1.
 """
 
 from dataclasses import dataclass
@@ -208,7 +208,7 @@ class Ahead(NamedTuple):
 
 @ops.graphed
 def look_ahead(m: Learners, batches, args):
-    """Return Ahead. These are also the passes that train E and W: BatchNorm's statistics move."""
+    """Return Ahead. These passes also train E and W, so they update BatchNorm's statistics."""
     train, _, delta = batches
     loss = explainer_loss(m.explainer, m.A, train)                           # LeaSE Eq. 1
     grads_e, e_virtual = grad(loss, m.e), detached(m.e)
