@@ -1532,10 +1532,16 @@ IMAGENET_BASES = {"pcdarts": dict(batch_size=1024, lr=0.5, alpha_lr=6e-3, warm_u
 def row(name: str, args, *in_name: str) -> str:
     """Return a search's row in the tables: its name, and what else differs from the defaults.
     in_name: the arguments that the name tells."""
-    rest = {k: v for k, v in args.changed.items()
-            if k not in (*in_name, "base", "dataset", "tasks", "seed")}
-    flags = ((k.replace("lam", "lambda").replace("_", "-"), v) for k, v in sorted(rest.items()))
-    return ", ".join([name, *(f"{flag} {v}" for flag, v in flags)])
+    return ", ".join([name, *settings(
+        args.changed, *in_name, "base", "dataset", "tasks", "seed")])
+
+
+def settings(changed: dict, *but: str) -> list[str]:
+    """Return changed arguments as text, each like its flag without the dashes."""
+    flags = {k: k.replace("lam", "lambda").replace("_", "-") for k in sorted(changed)
+             if k not in but}
+    return [flag if changed[k] is True else f"no-{flag}" if changed[k] is False else
+            f"{flag} {changed[k]}" for k, flag in flags.items()]
 
 
 def stages(run):

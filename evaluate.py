@@ -267,8 +267,7 @@ def summary(folders: list[Path]) -> str:
             r = json.loads(file.read_text())
             network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
             on = f" found on {r['found_on']}" * (r["found_on"] not in ("", r["dataset"]))
-            how = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in
-                            sorted(r["changed"].items()) if name not in NETWORK)
+            how = ", ".join(ops.settings(r["changed"], *NETWORK))
             cell = r["cell"] + on + (f", trained with {how}" if how else "")
             paper = ("-", "-") if r["changed"] else genotypes.paper_errors(
                 r["cell"], r["found_on"], r["dataset"])

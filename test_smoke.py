@@ -1409,19 +1409,20 @@ def test_a_search_as_a_picture():
     flat = {"normal": [1 / 8] * 8, "reduce": [1 / 8] * 8}
     weights = flat | {"normal": [0.1125 if o != 4 else 0.2125 for o in range(8)]}
     history = [{"train_loss": 2.0, "val_accuracy a/<b>": 0.1, "alpha_entropy": 2.08,
-                "skip_connections": 1, "mean_weights": flat},
+                "skip_connections": 1, "mean_weights": flat, "selection": 0.25},
                {"train_loss": 1.0, "val_accuracy a/<b>": 0.5, "alpha_entropy": 2.0, "val_loss": 3.0,
-                "skip_connections": 3, "mean_weights": weights}]
+                "skip_connections": 3, "mean_weights": weights, "selection": 0.75}]
     root = xml.etree.ElementTree.fromstring(genotypes.search_svg(history, "a <b> & c"))
     lines = [[[float(v) for v in point.split(",")] for point in line.get("points").split()]
              for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
-    accuracy, val_loss, train_loss, entropy, skips, *mean = lines
+    accuracy, val_loss, train_loss, entropy, skips, selection, *mean = lines
+    assert selection[1][1] < selection[0][1]                       # which no other chart has
     assert accuracy[1][1] < accuracy[0][1] and train_loss[1][1] > train_loss[0][1]
     assert len(val_loss) == 1 and len(train_loss) == 2             # there was none in epoch 1
     assert entropy[1][1] > entropy[0][1] and skips[1][1] < skips[0][1]
     assert len(mean) == 16 and all(len(line) == 2 for line in mean)
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert "<b> 0.5" in texts and "sep_conv_3x3 0.212" in texts
+    assert {"other figures", "selection 0.75", "<b> 0.5", "sep_conv_3x3 0.212"} <= set(texts)
 
 
 def test_the_rows_of_the_papers_tables():
@@ -2333,6 +2334,10 @@ def test_photographs_from_search_to_answer(tmp_path, monkeypatch, capsys):
     result = json.loads(Path("network/result.json").read_text())
     network, classes, transform = evaluate.load("network")
     files = sorted(Path("photos/test").glob("*/*"))
+    train = images("folder", Path("photos"), 96)
+    test = images("folder", Path("photos"), 96, like=train)
+    x, *_ = next(test.read([ops.Request(np.arange(24))]))
+    assert all(torch.equal(transform(ops.Image.open(file)), each) for file, each in zip(files, x))
     with torch.no_grad():
         found = [network(transform(ops.Image.open(file))[None])[0].argmax() for file in files]
     wrong = np.mean([classes[k] != file.parent.name for k, file in zip(found, files)])
@@ -2622,6 +2627,9 @@ def test_search_then_evaluation(module, extra, picture, tmp_path, monkeypatch, c
     for i, kind in enumerate(("normal", "reduce")):
         alpha = state["parts"]["A"][f"alpha.{i}"]
         assert np.allclose(line["mean_weights"][kind], F.softmax(alpha, 1).mean(0), atol=1e-6)
+    A = ops.Architecture()
+    A.load_state_dict(state["parts"]["A"])
+    assert A.report()[0].items() <= line.items()
     about = json.loads((run / "run.json").read_text())
     assert about == {k: state[k] for k in about} and about["method"] == module.__name__
     if module is lpt:
