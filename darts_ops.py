@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -1071,11 +1072,13 @@ def run(main, argv=None):
         main(argv)
     except (KeyboardInterrupt, BadInput, NotFinite, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or "interrupted; --resume goes on from the last checkpoint"
-        if isinstance(error, (MemoryError, RuntimeError)):
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-                    "allocate memory" not in message):            # as torch says it of a CPU's
-                raise
+        if "DataLoader worker" in message:                        # raised wherever the run is
+            message = f"a reading process was killed: lower --workers ({error})"
+        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+                "allocate memory" in message):                    # as torch says it of a CPU's
             message = f"out of memory: lower --batch-size, --channels or --image-size ({error})"
+        elif isinstance(error, RuntimeError):
+            raise
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
         sys.exit({KeyboardInterrupt: 130, BadInput: 2}.get(type(error), 1))
     if dist.is_initialized():
@@ -1137,7 +1140,8 @@ class Images(Dataset):
         # numpy goes through a pipe; torch would send its tensors through /dev/shm, which is too
         # small for a batch in many containers
         loader = DataLoader(self, batch_size=None, sampler=requests, collate_fn=as_it_is,
-                            num_workers=self.workers, generator=torch.Generator())
+                            num_workers=self.workers, generator=torch.Generator(),
+                            worker_init_fn=end_with_the_run)
         try:
             for x, rows in loader:
                 x, rows = torch.from_numpy(x), torch.from_numpy(rows)
@@ -1146,10 +1150,6 @@ class Images(Dataset):
                 yield x, self.labels[rows].to(self.device), rows.to(self.device)
         except BadInput as error:                                 # torch adds the process's lines
             raise BadInput(str(error).splitlines()[-1]) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise MemoryError(f"a reading process was killed; lower --workers: {error}") from None
 
     def __getitem__(self, request: Request):
         """Return the images of a request, (N, 3, H, W) uint8, and their rows."""
@@ -1192,11 +1192,25 @@ class Images(Dataset):
         return image
 
     def fingerprint(self) -> str:
-        """Return a hash of the images' number, size, classes and labels, and of 16 of them."""
-        digest = hashlib.sha256(str((len(self.labels), self.size, self.classes)).encode())
-        for tensor in (self.labels, self.pixels(evenly(len(self.labels), 16))):
+        """Return a hash of the images as they are here: those in memory whole; of those in files
+        the names and lengths (source) and 16 of them."""
+        some = slice(None) if torch.is_tensor(self.images) else evenly(len(self.labels), 16)
+        digest = hashlib.sha256(repr((self.source, self.size, self.classes)).encode())
+        for tensor in (self.labels, self.pixels(some)):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def end_with_the_run(worker: int):
+    """Let a reading process end when the run that started it has been killed. It would wait for
+    ever to send its batch, and keep a pipeline waiting too."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def evenly(n: int, count: int) -> np.ndarray:
@@ -1241,14 +1255,19 @@ def read_image(file: str) -> Image.Image:
 
 def in_memory(images: Tensor, labels, classes, device, source, workers=None) -> Images:
     """Return images in memory, with the channel statistics of their own."""
+    return Images(images, torch.as_tensor(labels).long(), classes, tuple(images.shape[2:]),
+                  *statistics(images), torch.device(device), source, workers)
+
+
+def statistics(images: Tensor) -> list[Tensor]:
+    """Return the channels' means and standard deviations of images (n, 3, H, W) uint8, in units of
+    0 to 1, (3, 1, 1) each."""
     sums = [(x.double().sum((0, 2, 3)), x.double().square().sum((0, 2, 3)))
             for x in images.split(256)]
     pixels = images[:, 0].numel()
     mean = sum(s for s, _ in sums) / pixels
     std = (sum(q for _, q in sums) / pixels - mean ** 2).clamp_min(0).sqrt().clamp_min(1)
-    mean, std = ((s / 255).float().view(3, 1, 1) for s in (mean, std))
-    return Images(images, torch.as_tensor(labels).long(), classes, tuple(images.shape[2:]), mean,
-                  std, torch.device(device), source, workers)
+    return [(s / 255).float().view(3, 1, 1) for s in (mean, std)]
 
 
 def load_images(dataset: str, args, device, like: Images | None = None) -> Images:
@@ -1270,7 +1289,13 @@ def load_images(dataset: str, args, device, like: Images | None = None) -> Image
                        "--image-size".format(*images.size, *like.size))
     if like:
         images.mean, images.std = like.mean, like.std
+    elif args.hold_out and torch.is_tensor(images.images):        # of those that are learned from
+        *halves, _ = split_rows(images.labels, 0, args.hold_out)
+        images.mean, images.std = statistics(images.images[np.concatenate(halves)])
     return images
+
+
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}   # no classes
 
 
 class Folder(torchvision.datasets.ImageFolder):
@@ -1301,6 +1326,8 @@ def load_folder(root: Path, args, device, like: Images | None) -> Images:
     try:
         folder = None if like else Folder(where)
         classes = (like or folder).classes
+        if where == root and {name.lower() for name in classes} & SPLITS:
+            raise BadInput(f"{root} has the folders {', '.join(classes)}: name them train and test")
         test = [each for each in (root / "test", root / "val")
                 if where != root and each.is_dir() and class_names(each) == classes]
         if not test and not args.hold_out:
@@ -1310,8 +1337,8 @@ def load_folder(root: Path, args, device, like: Images | None) -> Images:
         folder = Folder(test[0]) if like else folder
         files, labels = zip(*folder.samples)
         size = (args.image_size,) * 2 if args.image_size else common_size(files)
-        some = [Path(files[i]).read_bytes() for i in evenly(len(files), 16)]
-        source = hashlib.sha256(repr((folder.classes, labels, some)).encode()).hexdigest()[:16]
+        known = [(os.path.basename(file), os.path.getsize(file)) for file in files]
+        source = hashlib.sha256(repr((folder.classes, labels, known)).encode()).hexdigest()[:16]
     except OSError as error:
         raise BadInput(f"no images in {where}: {error}; {root} must hold train/ and test/ or val/, "
                        "each with a folder of images per class, or such folders") from None
@@ -1361,10 +1388,9 @@ def load_cifar(dataset: str, args, device, test: bool) -> Images:
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise BadInput(f"{dataset} is not in {args.data} and cannot be downloaded ({error}): put "
                        f"{source.filename} there, or use --dataset folder --data DIR") from None
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2)
-    if args.image_size not in (None, 32):
-        images = torch.cat([v2.functional.resize(part, [args.image_size])
-                            for part in images.split(1000)])
+    size = (args.image_size or 32,) * 2
+    images = torch.stack([v2.functional.pil_to_tensor(centre(Image.fromarray(pixels), size))
+                          for pixels in cifar.data])
     return in_memory(images, cifar.targets, cifar.classes, device, dataset, args.workers)
 
 
@@ -1614,10 +1640,10 @@ def end_epoch(run, A, **figures: float):
     args, cell, (report, weights) = run.args, A.cell(), A.report()
     if learns(args, A.epoch) and 0 < args.stop_at_skips <= report["skip_connections"]:
         run.state["stopped"] = f"the normal cell has {report['skip_connections']} skip connections"
-    history = run.log_epoch(report | figures, {"mean_weights": weights, "genotype": cell._asdict()})
-    title = f"{args.out.name}, epoch {len(history)}"
-    write(args.out / "genotype.json", to_json(cell))
+    title = f"{args.out.name}, epoch {len(run.state['history']) + 1}"
+    write(args.out / "genotype.json", to_json(cell))              # before the log tells its epoch
     write(args.out / "cells.svg", to_svg(cell, title))
+    history = run.log_epoch(report | figures, {"mean_weights": weights, "genotype": cell._asdict()})
     write(args.out / "search.svg", search_svg(history, title))
 
 

@@ -385,6 +385,9 @@ def train(args, checkpoint):
         raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
                            f"{found['search_hold_out']} of these images and learned from the rest")
 
+    if not checkpoint:                     # a broken image is named now, not after the training
+        for _ in ops.batches(test_data, test_rows, args.batch_size):
+            pass
     ops.seed_all("network", args.seed)
     network = model = ops.place(Network(genotype, **network_args, amp=args.amp == "bf16"), device)
     if dist.is_initialized():

@@ -2213,7 +2213,7 @@ def test_cifar_files(kind, tmp_path, monkeypatch):
     half = images(kind.lower(), tmp_path, 16)                      # as --quick has them
     as_pil = [torchvision.transforms.functional.pil_to_tensor(ops.centre(
         torchvision.transforms.functional.to_pil_image(image), (16, 16))) for image in train.images]
-    assert (half.images.int() - torch.stack(as_pil).int()).abs().max() <= 1
+    assert torch.equal(half.images, torch.stack(as_pil))           # as evaluate.load reads them
 
 
 def offline(*args, **kwargs):
@@ -2272,7 +2272,14 @@ def test_class_folders_without_a_split(tmp_path):
     two = write_folder(tmp_path / "b", parts=("train",))           # nor has a train/ alone a test
     with pytest.raises(ops.BadInput, match="no test images"):
         images("folder", two)
-    assert len(images("folder", two, hold_out=6).labels) == 24
+    held = images("folder", two, hold_out=6)                       # and the statistics see none
+    *halves, _ = ops.split_rows(held.labels, 1, 6)
+    rest = held.images[np.concatenate(halves)] / 255.
+    assert len(held.labels) == 24
+    assert torch.allclose(held.mean.flatten(), rest.mean((0, 2, 3)), atol=1e-5)
+    (two / "train").rename(two / "Train"), shutil.copytree(two / "Train", two / "Test")
+    with pytest.raises(ops.BadInput, match="has the folders Test, Train: name them train and test"):
+        images("folder", two, hold_out=6)
 
 
 def photographs(root, n=5, classes=("cat", "dog", "eel"), parts=("train", "test")):
@@ -2297,6 +2304,11 @@ def test_large_images_are_treated_as_imagenets(tmp_path):
         [0.485, 0.456, 0.406])
     assert images("imagenet", root, 96).fingerprint() == large.fingerprint()
     assert images("folder", root, 96, like=large).images[0].startswith(str(root / "test"))
+    other = root / "train" / "cat" / "1.jpg"                       # which is not one of 16
+    before, content = large.fingerprint(), other.read_bytes()
+    other.write_bytes(content + b"more")
+    assert images("folder", root, 96).fingerprint() != before
+    other.write_bytes(content)
     x, y, _ = next(large.read([ops.Request(np.arange(15), np.arange(15))]))
     again, *_ = next(large.read([ops.Request(np.arange(15), np.arange(15))]))
     other, *_ = next(large.read([ops.Request(np.arange(15), np.arange(15) + 1)]))
@@ -2442,6 +2454,30 @@ def test_reading_processes_need_no_shared_memory_and_may_die(tmp_path, monkeypat
     with pytest.raises(SystemExit) as stop:
         ops.run(read)
     assert stop.value.code == 1 and "lower --workers" in one_line(capsys)
+
+
+def test_reading_processes_end_with_a_killed_run(tmp_path):
+    """A pipeline behind it would wait for them for ever."""
+    photographs(tmp_path / "photos", n=12)
+    run = subprocess.Popen(
+        [sys.executable, HERE / "evaluate.py", "--arch", "random:1", "--dataset",
+         f"folder:{tmp_path}/photos", "--image-size", "96", "--layers", "3", "--channels", "4",
+         "--batch-size", "36", "--epochs", "500", "--workers", "2", "--out", tmp_path / "run"],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not run.stdout.readline().startswith("epoch 2"):
+        assert run.poll() is None
+    run.kill()
+    run.communicate(timeout=20)                                    # until nobody holds its output
+
+
+def test_a_broken_test_image_is_named_before_the_training(tmp_path, capsys):
+    photographs(tmp_path / "photos")
+    file = tmp_path / "photos" / "test" / "eel" / "4.jpg"
+    file.write_bytes(file.read_bytes()[:300])
+    assert run_script(evaluate, "--arch", "random:1", "--dataset", f"folder:{tmp_path}/photos",
+                      "--image-size", 96, "--layers", 3, "--channels", 4, "--batch-size", 15,
+                      "--epochs", 1, "--workers", 0, "--out", tmp_path / "run") == 2
+    assert "eel/4.jpg" in one_line(capsys) and not (tmp_path / "run" / "log.jsonl").exists()
 
 
 # ----------------------------------------------------------------------- command line, bad input
@@ -3074,8 +3110,8 @@ def test_results_on_other_test_images_are_told_apart(tmp_path):
     """The training images are the same, test/ is not."""
     for name in ("a", "b"):
         write_folder(tmp_path / name)
-    for file in (tmp_path / "b" / "test").glob("*/*"):
-        ops.Image.open(file).rotate(90).save(file)
+    file = tmp_path / "b" / "test" / "cat" / "1.png"               # a single one of 24
+    ops.Image.open(file).rotate(90).save(file)
     found = []
     for name in "ab":
         assert run_script(evaluate, *SMALL[2:], "--batch-size", 6, "--epochs", 1, "--arch",
