@@ -363,17 +363,15 @@ def search_svg(history: list[dict], title: str) -> str:
     """
     endings = {"accuracy": ("accuracy",), "loss": ("loss", "difficulty"),
                "entropy of α, nats": ("alpha_entropy",), "skip connections": ("skip_connections",)}
-    charts = {title: {} for title in endings}
+    charts = {name: {} for name in endings} | {f"{kind} cell, mean weights": {
+        name: [line["mean_weights"][kind][o] for line in history]
+        for o, name in enumerate(PRIMITIVES)} for kind in ("normal", "reduce")}
     for name in history[-1]:
         if name not in ("epoch", "seconds", "stopped", "mean_weights", "genotype"):
-            title = next((title for title, ends in endings.items()
-                          if name.split()[0].endswith(ends)), "other figures")    # IL's name a task
-            charts.setdefault(title, {})[name.replace("_", " ")] = [line.get(name)
-                                                                    for line in history]
-    for kind in ("normal", "reduce"):
-        charts[f"{kind} cell, mean weights"] = {
-            name: [line["mean_weights"][kind][o] for line in history]
-            for o, name in enumerate(PRIMITIVES)}
+            into = next((each for each, ends in endings.items()
+                         if name.split()[0].endswith(ends)), "other figures")     # IL's name a task
+            charts.setdefault(into, {})[name.replace("_", " ")] = [line.get(name)
+                                                                   for line in history]
     parts = [chart(24 + 540 * (i % 2), 66 + 220 * (i // 2), name, lines)
              for i, (name, lines) in enumerate(charts.items())]
     return svg(title, "\n".join(parts), 1090, 66 + 220 * -(-len(charts) // 2))

@@ -1415,14 +1415,15 @@ def test_a_search_as_a_picture():
     root = xml.etree.ElementTree.fromstring(genotypes.search_svg(history, "a <b> & c"))
     lines = [[[float(v) for v in point.split(",")] for point in line.get("points").split()]
              for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
-    accuracy, val_loss, train_loss, entropy, skips, selection, *mean = lines
+    accuracy, val_loss, train_loss, entropy, skips, *mean, selection = lines
     assert selection[1][1] < selection[0][1]                       # which no other chart has
     assert accuracy[1][1] < accuracy[0][1] and train_loss[1][1] > train_loss[0][1]
     assert len(val_loss) == 1 and len(train_loss) == 2             # there was none in epoch 1
     assert entropy[1][1] > entropy[0][1] and skips[1][1] < skips[0][1]
     assert len(mean) == 16 and all(len(line) == 2 for line in mean)
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"other figures", "selection 0.75", "<b> 0.5", "sep_conv_3x3 0.212"} <= set(texts)
+    assert {"a <b> & c", "other figures", "selection 0.75", "<b> 0.5", "sep_conv_3x3 0.212"
+            } <= set(texts)
 
 
 def test_the_rows_of_the_papers_tables():
@@ -2170,6 +2171,9 @@ def synthetic_truth(classes, size, n=2000):
 def test_synthetic_images_have_a_few_wrong_labels_and_fixed_content():
     a, b = ops.synthetic(10, 16, "cpu"), ops.synthetic(10, 16, "cpu")
     assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    assert a.fingerprint() == b.fingerprint()
+    b.images[1] += 1                                               # every image counts
+    assert a.fingerprint() != b.fingerprint()
     assert 0.02 < (a.labels != synthetic_truth(10, 16)).double().mean() < 0.06
     assert len(ops.synthetic(3, 16, "cpu").labels.unique()) == 3
 
