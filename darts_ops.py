@@ -765,7 +765,7 @@ def run_arguments(parser, log_every: int):
         help="minutes between checkpoints within an epoch")
     add("--log-every", type=number(int, 1), default=log_every, help="steps between printed lines")
     add("--quick", action=flag, default=False,
-        help="finish in one to three minutes: synthetic images of 16 pixels, few cells, channels "
+        help="finish in a few minutes: synthetic images of 16 pixels, few cells, channels "
              "and epochs; a search takes high learning rates and order 1")
 
 

@@ -261,8 +261,8 @@ def outer_gradient(m: Learners, batches, args, ahead: Ahead):
             return grad(objective, [*m.alphas, *e_wanted])
 
         product = central_difference(grad_alpha_e, [delta], [xi_delta * v_delta],
-                                     args.delta_radius, split=True)          # LeaSE Eq. 14
-        by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 15
+                                     args.delta_radius, split=True)          # LeaSE Eq. 15
+        by_a, by_e = product[:len(m.alphas)], product[len(m.alphas):]        # LeaSE Eq. 14
         share = nn.utils.get_total_norm(by_a) / nn.utils.get_total_norm(g_alpha)
         g_alpha = [g + p for g, p in zip(g_alpha, by_a)]                     # departure 4
         v_e = [v + p for v, p in zip(v_e, by_e)]

@@ -22,8 +22,9 @@ testee's architecture learns to do well on the weighted bank, its test.
 Departures from the printed equations:
 1. Eq. 23 leaves out the direct dependence of f on C, which Eq. 24 keeps; it is kept in both. Eq. 16
    leaves out the 1/sum f of the R that A descends, which Eq. 9 and 15 have; it is kept.
-2. Eq. 22 prints a difference for E and one for X, Eq. 23 and 24 more of them. The product that they
-   approximate is linear in its direction, so one joint difference along (u_E, u_X) gives the sum.
+2. Eq. 22 prints a difference for E and one for X, and a third stands below Eq. 23. The product that
+   they approximate is linear in its direction, so one joint difference along (u_E, u_X) gives the
+   sum.
 3. A and C step on one evaluation of the objective; Algorithm 2 prints them one after the other.
 4. Eq. 13 sums over the bank; here it is the mean over the bank's mini-batch, as of every loss.
 5. W' and (E', X') are one step of the actual optimizer, before clipping: momentum and weight decay
@@ -32,7 +33,7 @@ Departures from the printed equations:
    the paper names no optimizer. Ablation 2 keeps gamma, which Eq. 26 leaves out: at 1 the same.
 7. Where the paper is silent or contradicts itself: PC-DARTS has batch 64 at its rate for 256;
    P-DARTS keeps its three stages of 25 epochs; on ImageNet the tester has CIFAR's rates; C's Adam
-   has torch's betas; A's gradient is not clipped. The README compares the released code.
+   has torch's betas; A's gradient is not clipped. docs/companion.md compares the released code.
 8. E is torchvision's ResNet with ImageNet's stem: at 32 pixels its last map is a single pixel.
 """
 
