@@ -209,8 +209,8 @@ def get_args(argv=None):
 
 def origin(arch: str) -> dict:
     """Return a cell's row in the tables, or its own name, the data and the base it was found on. If
-    it lies in a search's run folder, also that data's fingerprint, how many of its images the
-    search held out and what it cost; the row tells if the search has not come to its end."""
+    it lies in a search's run folder, also where that data was and what it was, how many of its
+    images the search held out and what it cost; the row tells if it has not come to its end."""
     known, file = genotypes.PUBLISHED.get(arch), ops.path(arch)
     if known:
         return {"cell": known.row, "found_on": known.found_on, "base": known.base}
@@ -227,7 +227,8 @@ def origin(arch: str) -> dict:
         return {"cell": search["row"] + left,
                 "found_on": "+".join(name.partition(":")[0] for name in data),
                 "base": args["base"], "method": search["method"], "ended": ended,
-                "found_in": search["sources"], "search_hold_out": args["hold_out"],
+                "found_at": data, "found_in": search["sources"],
+                "search_hold_out": args["hold_out"],
                 "search_days": sum(line["seconds"] for line in history) / 86400
                 * search["world_size"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -384,6 +385,10 @@ def train(args, checkpoint):
     if data.source in found.get("found_in", ()) and args.hold_out > found["search_hold_out"]:
         raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
                            f"{found['search_hold_out']} of these images and learned from the rest")
+    if args.hold_out and args.dataset.startswith("folder:") and (
+            args.dataset in found.get("found_at", ()) and data.source not in found["found_in"]):
+        raise ops.BadInput(f"--hold-out {args.hold_out}: the images of {args.dataset} have changed "
+                           "since the search, which held out others")
 
     if not checkpoint:                     # a broken image is named now, not after the training
         for _ in ops.batches(test_data, test_rows, args.batch_size):
