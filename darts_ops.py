@@ -792,8 +792,8 @@ def parse(parser, argv, method: str, recipe):
 
     recipe(chosen) gives the defaults that depend on other arguments, from a first parsing, and
     settings that have no argument, as a base's partial; args.changed is what differs from the
-    defaults. With --resume the defaults are the saved run's, and what
-    is given beside it must agree. Raises BadInput.
+    defaults. With --resume the defaults are the saved run's, and what is given beside it must
+    agree. Raises BadInput.
     """
     argv = sys.argv[1:] if argv is None else argv
     chosen = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
@@ -1119,7 +1119,7 @@ class Images(Dataset):
     std: Tensor
     device: torch.device                # where the batches go
     source: str                         # what they were read from, whatever their size here
-    workers: int | None = None          # processes that read for each stream; None: see below
+    workers: int | None = None          # processes that read for each stream; None: 0 or 4
 
     def __post_init__(self):
         if self.workers is None:
@@ -1166,7 +1166,7 @@ class Images(Dataset):
         if torch.is_tensor(self.images):
             return self.images[rows]
         return torch.stack([v2.functional.pil_to_tensor(
-            centre(read_image(self.images[row]), self.size, ZOOM)) for row in rows])
+            centre(read_image(self.images[row]), self.size, self.zoom)) for row in rows])
 
     def augmented(self, row: int, seed: int, flip: bool, cutout: int) -> Tensor:
         """Return an image as it is trained on. A small one is cropped out of its zero-padded self
