@@ -658,11 +658,9 @@ def identity(args) -> dict:
 
 def number(kind, low, high=math.inf):
     """Return an argparse type: an int or float from low to high."""
-    largest = min(high, 2 ** 31 - 1) if kind is int else high
-
     def parse(text):
         value = kind(text)
-        if not low <= value <= largest or value == math.inf:
+        if not low <= value <= high or value == math.inf:
             raise ValueError
         return value
     parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < math.inf else "")
@@ -671,10 +669,7 @@ def number(kind, low, high=math.inf):
 
 def dataset_name(text: str) -> str:
     """Check a data set's name as an argparse type; the names are those of load_images."""
-    name, colon, option = text.partition(":")
-    known = name in ("cifar10", "cifar100", "imagenet", "folder", "synthetic") and not colon
-    classes = name == "synthetic" and option.isascii() and option.isdigit()
-    if known or (name == "folder" and option) or (classes and 2 <= int(option) <= 1000):
+    if re.fullmatch("cifar10|cifar100|imagenet|folder(:.+)?|synthetic(:[0-9]+)?", text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is no data set: cifar10, cifar100, imagenet, "
                                      "folder[:DIR] or synthetic[:CLASSES]")
@@ -694,17 +689,13 @@ def data_arguments(parser):
     add("--data", type=path, default=Path("data"),
         help="folder with CIFAR (downloaded there if missing), ImageNet or your images")
     add("--image-size", type=number(int, 8, 512),
-        help="pixels a side that images are resized to; unless given, ImageNet's have 224, "
-             "synthetic ones 32, and others stay as they are")
+        help="pixels a side; unless given 224 for ImageNet, 32 for synthetic, else the images' own")
     add("--flip", action=flag, default=True,
-        help="mirror half of the training images; use --no-flip where left and right differ "
-             "(digits, letters)")
+        help="mirror half of the training images; --no-flip for digits, letters and the like")
     add("--hold-out", type=number(int, 0), default=0,
-        help="number of training images to leave out for evaluate.py to test on; Skillearn's "
-             "lambda study leaves out 5000 (§3.2.4)")
+        help="training images left out for evaluate.py's test (Skillearn §3.2.4's lambda: 5000)")
     add("--workers", type=number(int, 0),
-        help="processes that read images for each stream; unless given, 4 for images in files and "
-             "on a GPU, else 0")
+        help="reading processes of each stream; unless given 4 for files and on a GPU, else 0")
 
 
 def search_arguments(parser):
@@ -889,7 +880,7 @@ def start(args) -> torch.device:
     except (LookupError, ValueError, RuntimeError) as error:      # more processes than GPUs, ...
         raise BadInput(f"RANK is set, but the processes cannot meet: {error}") from None
     if rank():
-        sys.stdout = open(os.devnull, "w")                        # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")
     return device
 
 
@@ -898,7 +889,7 @@ def claim(folder: Path):
     Raises BadInput if another run holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")                        # noqa: SIM115
+        lock = open(folder / ".lock", "w")
     except OSError as error:
         raise BadInput(f"--out: {error}") from None
     try:
@@ -1452,12 +1443,9 @@ class Stream:
 
     def __init__(self, data, rows, batch_size: int, seed: int, name: str, flip=True, cutout=0):
         n = batch_size // world_size()
-        if batch_size > len(rows):
-            raise BadInput(f"--batch-size {batch_size}: there are {len(rows)} images to train on, "
-                           f"{len(rows) / len(data.labels):.3g} of all; give that or less")
-        if batch_size % world_size() or n < 2:
-            raise BadInput(f"--batch-size {batch_size}: not a multiple of {world_size()} processes "
-                           "with two images or more for each")
+        if n < 2 or batch_size % world_size() or batch_size > len(rows):
+            raise BadInput(f"--batch-size {batch_size}: give each of {world_size()} processes two "
+                           f"images or more, and at most the {len(rows)} to train on in all")
         self.rows, self.batch_size = rows, batch_size
         self.key, self.options = (seed, zlib.crc32(name.encode())), (flip, cutout)
         self.part = slice(rank() * n, (rank() + 1) * n)
@@ -1599,8 +1587,6 @@ def new_networks(run, sets: list[Images], device):
     seed_all("networks", args.seed, stage)
     nets = [place(Supernet(args.channels, len(data.classes), args.layers[stage], kept, args.partial,
                            args.auxiliary_skip, data.large), device) for data in sets]
-    print(f"stage {stage + 1} of {len(args.layers)}: {args.layers[stage]} cells, "
-          f"{len(kept[0][0])} candidates an edge")
     return nets, [torch.optim.SGD(net.parameters(), args.lr, args.momentum,
                                   weight_decay=args.weight_decay) for net in nets]
 

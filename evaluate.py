@@ -406,8 +406,6 @@ def train(args, checkpoint):
     run.load({"network": network, "optimizer": optimizer})
     params = count_params(network)
     print(f"{args.arch}: {params:.3f} M parameters without the auxiliary head")
-    if len(run.state["history"]) == args.epochs:
-        print("this run has been trained to its end; it is tested again")
 
     for epoch in run.epochs(stream.epoch_steps()):
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)

@@ -245,11 +245,6 @@ class SmoothTester(nn.Module):
         return self.executor(features), features
 
 
-class SmoothAudience(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-
-
 def pruned(keep, seed=0):
     """`keep` candidates of every edge, drawn at random: the candidates of a P-DARTS stage."""
     rng = np.random.default_rng(seed)
@@ -277,18 +272,13 @@ def searched(supernet=False, classes=4, base=None):
     return net
 
 
-class SmoothArchitecture(ops.Architecture):
-    """The architecture of SmoothTestee."""
-
-    def __init__(self):
-        super().__init__()
-        self.alpha = nn.ParameterList(torch.zeros(shape) for shape in (3, 2))
-
-
 def architecture(supernet=False, base=None):
     """An architecture of large random parameters."""
     with torch.random.fork_rng():
-        A = (ops.Architecture(*KINDS.get(base, ())) if supernet else SmoothArchitecture()).double()
+        A = ops.Architecture(*KINDS.get(base, ()))
+    if not supernet:                                               # SmoothTestee's
+        A.alpha = nn.ParameterList(torch.zeros(shape) for shape in (3, 2))
+    A = A.double()
     for parameter in A.parameters():
         nn.init.normal_(parameter)
     return A
@@ -334,7 +324,7 @@ def lease_problem(supernet=False, seed=None):
     classes, lr = (5, 0.025) if supernet else (4, 0.1)
     explainer = searched(supernet, classes)
     audience = (ops.place(torchvision.models.resnet18(num_classes=5), "cpu") if supernet else
-                SmoothAudience()).double()
+                nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))).double()
     A = architecture(supernet)
     train, val = (batch(supernet, classes, 32) for _ in range(2))
     x, y, _ = train
@@ -865,13 +855,7 @@ def test_virtual_weights_are_the_optimizers_step():
             torch._foreach_copy_(m.w, before)
 
 
-@pytest.mark.parametrize("nan_dropped", [False, True])
-def test_descend_clips_and_refuses_what_is_not_finite(nan_dropped, monkeypatch):
-    """Also where a maximum drops NaN, as on mps: the norm for it must not be the largest."""
-    norm = torch._foreach_norm
-    if nan_dropped:
-        monkeypatch.setattr(torch, "_foreach_norm", lambda tensors, ord=2, **kw: norm(
-            [t.nan_to_num() if ord == math.inf else t for t in tensors], ord, **kw))
+def test_descend_clips_and_refuses_what_is_not_finite():
     for poison in (math.nan, math.inf):
         w, g = torch.ones(3), torch.ones(3)
         g[1] = poison
@@ -1546,7 +1530,6 @@ def test_a_trained_network_in_ones_own_code(tmp_path, monkeypatch, capsys):
     pil = torchvision.transforms.functional.to_pil_image(test.images[-1])
     assert torch.equal(network(transform(pil)[None])[0], logits)
     assert run_script(evaluate, "--resume", "--device", "cpu", "--out", "runs/network") == 0
-    assert "tested again" in capsys.readouterr().out              # of a run that has ended
     assert json.loads(Path("runs/network/result.json").read_text()) == result
     assert run_script(lpt, *TINY, "--epochs", 1, "--out", "runs/search") == 0
     interrupted(evaluate, [*TINY, "--arch", "random:1", "--epochs", 2, "--checkpoint-minutes", 0],
@@ -1962,9 +1945,6 @@ def test_schedules_of_the_bases():
     assert np.allclose(over_all, 0.25 + 0.25 * np.cos(np.pi * np.arange(75) / 75))    # one cosine
     learns, lr, *_ = values("pcdarts", 50)
     assert learns == (False,) * 15 + (True,) * 35 and lr[0] == 0.1
-    imagenet = lpt.get_args(["--dataset", "imagenet", "--base", "pcdarts"])[0]
-    assert (imagenet.lr, imagenet.alpha_lr, imagenet.batch_size, imagenet.warm_up,
-            imagenet.subsets, imagenet.image_size) == (0.5, 6e-3, 1024, 35, [0.1, 0.025], 224)
 
 
 SEARCH = dict(channels=16, momentum=0.9, weight_decay=3e-4, grad_clip=5, alpha_weight_decay=1e-3,
@@ -2356,10 +2336,6 @@ def test_photographs_from_search_to_answer(tmp_path, monkeypatch, capsys):
     wrong = np.mean([classes[k] != file.parent.name for k, file in zip(found, files)])
     assert 100 * wrong == pytest.approx(result["test_error"], abs=1e-3)
     assert network.stem0[0].stride == (2, 2) and len(files) == result["test_images"] == 24
-    capsys.readouterr()
-    assert run_script(lpt, *some, "--dataset", "imagenet", "--data", "photos", "--batch-size", 6,
-                      "--out", "x") == 2
-    assert "there are 3 images to train on, 0.125 of all" in one_line(capsys)
 
 
 def test_images_of_every_mode(tmp_path):
@@ -2484,8 +2460,9 @@ def test_a_broken_test_image_is_named_before_the_training(tmp_path, capsys):
 # ----------------------------------------------------------------------- command line, bad input
 
 BAD = [
-    (lpt, ["--dataset", "mnist"]), (lpt, ["--dataset", "synthetic:1"]), (lpt, ["--base", "enas"]),
-    (lpt, ["--layers", 2]), (lpt, ["--nonsense"]), (lpt, [*TINY, "--batch-size", 5000]),
+    (lpt, ["--dataset", "mnist"]), (lpt, ["--dataset", "folder:"]), (lpt, ["--base", "enas"]),
+    (lpt, ["--layers", 2]), (lpt, ["--lr", "nan"]), (lpt, ["--lr", "inf"]),
+    (lpt, ["--nonsense"]), (lpt, [*TINY, "--batch-size", 5000]),
     (lpt, ["--dataset", "folder", "--data", "nowhere"]),
     (lpt, ["--dataset", "imagenet", "--data", "nowhere"]),
     (lpt, ["--dataset", "cifar100"]), (lpt, ["--dataset", "folder:~no-such-user/images"]),
@@ -2493,13 +2470,12 @@ BAD = [
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
     *((lpt, [*TINY, "--epochs", 1, *wrong]) for wrong in (
         ["--gradient", "exact", "--amp", "bf16-all"], ["--layers", 3, 4], ["--subsets", 0.8, 0.5],
-        ["--out", "full/notes.txt/run"], ["--seed", 2 ** 64])),
+        ["--out", "full/notes.txt/run"], ["--seed", -1])),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "held"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
     (il, ["--tasks", "cifar100", "nothing"]),
     (il, [*SMALL, "--tasks", "synthetic:3", "--step", "printed"]),
     (il, ["--tasks", "folder:corrupt/train", "synthetic:3"]),
-    (il, ["--tasks", "folder:untested", "synthetic:3"]),
     (lease, ["--dataset", "folder:nowhere"]), (lease, [*TINY, "--delta-scale", 0]),
     (evaluate, []), (evaluate, ["--arch", "NOPE"]), (evaluate, ["--arch", "random:x"]),
     (evaluate, ["--arch", "random:" + "9" * 5000]), (evaluate, ["--arch", "~no-such-user/x.json"]),
@@ -2508,7 +2484,6 @@ BAD = [
                 6, "--epochs", 1, "--cutout", 4]),
     (evaluate, ["--arch", "full"]),
     (evaluate, [*TINY, "--arch", "DARTS_V2", "--drop-path", 1.5]),
-    (evaluate, ["--arch", "DARTS_V2", "--dataset", "folder", "--data", "untested"]),
     (evaluate, ["--arch", "DARTS_V2", "--count-params", "--dataset", "synthetic"]),
 ]
 
@@ -2521,7 +2496,6 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
     (tmp_path / "empty" / "train").mkdir(parents=True)
     corrupt = next((write_folder(tmp_path / "corrupt") / "train" / "cat").iterdir())
     corrupt.write_bytes(corrupt.read_bytes()[:200])
-    write_folder(tmp_path / "untested", parts=("train",))
     for file in write_folder(tmp_path / "other-size").glob("test/*/*"):
         ops.Image.new("L", (12, 16), 255).save(file)
     (tmp_path / "full").mkdir()
@@ -2538,16 +2512,6 @@ def test_bad_input_is_one_line_and_changes_nothing(module, argv, tmp_path, monke
     if "imagenet" in argv:
         assert ("no imagenet" in error) == (module is il)
     assert tree(tmp_path) == before
-
-
-def test_numbers_are_checked():
-    for kind, low, high, good, wrong in ((int, 1, math.inf, "7", ("0", "-1", "x", "", "1.5")),
-                                         (float, 0, 1, "0.5", ("-1", "1.1", "nan", "inf", ""))):
-        parse = ops.number(kind, low, high)
-        assert parse(good) == kind(good)
-        for text in wrong:
-            with pytest.raises(ValueError):
-                parse(text)
 
 
 BROKEN = {                              # an image among good ones, or the folder train/
@@ -2704,15 +2668,9 @@ def test_every_base_in_every_method(method, base, tmp_path, monkeypatch, capsys)
                   "--out", run) == 0
     lines = log_of(run)
     state = torch.load(run / "checkpoint.pt", weights_only=True)
-    out = capsys.readouterr().out
-    trained = evaluate.get_args(["--arch", f"{run}/genotype.json"])[0]            # by its base
-    assert (trained.drop_path == 0.3) == (base in ("pdarts", "pcdarts"))
-    assert (trained.batch_size == 64) == (base in ("pdarts", "pcdarts") and method == "il")
     if base == "pdarts":
         assert [len(state["run"]["kept"][0][e]) for e in range(14)] == [3] * 14
-        assert len(lines) == 6 and all(
-            f"stage {stage} of 3: {cells} cells, {kept} candidates an edge" in out
-            for stage, cells, kept in zip((1, 2, 3), layers, (8, 5, 3)))
+        assert len(lines) == 6
         assert {len(net.cells) for nets, *_ in seen for net in nets} == set(layers)
     if base == "darts-":                                           # its auxiliary skips have gone
         net = seen[0][0][0]
@@ -2931,16 +2889,6 @@ def test_damaged_checkpoints_are_seen(saved_run, capsys):
     assert damages_seen(path, 200) == 400
 
 
-class Malicious:
-    """Unpickled, it calls a function."""
-
-    def __init__(self, *call):
-        self.call = call
-
-    def __reduce__(self):
-        return self.call
-
-
 def test_a_run_of_another_version_is_refused_in_a_line(saved_run, capsys):
     """Also by evaluate.load; df0511b's checkpoints have no version."""
     path = saved_run / "checkpoint.pt"
@@ -2955,30 +2903,18 @@ def test_a_run_of_another_version_is_refused_in_a_line(saved_run, capsys):
             evaluate.load(saved_run)
 
 
-def test_no_pickle_is_executed(saved_run, tmp_path, capsys):
-    """The whole file is a pickle, or one is in a good archive with a right checksum."""
-    marker, path = tmp_path / "executed", saved_run / "checkpoint.pt"
-    content = torch.load(path, weights_only=True)
-    torch.save({**content, "args": Malicious(os.system, (f"touch {marker}",))}, path)
-    for body in (pickle.dumps(Malicious(Path.touch, (marker,)), 2), path.read_bytes()):
-        path.write_bytes(body)
-        capsys.readouterr()
-        assert run_script(evaluate, "--resume", "--out", saved_run) == 2
-        assert capsys.readouterr().err.count("\n") == 1 and not marker.exists()
-    for name in ("darts_ops", "lpt", "il", "lease", "evaluate", "genotypes"):
-        source = (HERE / f"{name}.py").read_text()
-        assert "weights_only=False" not in source and "pickle.load" not in source
+def test_only_weights_and_plain_values_are_read(saved_run):
+    path = saved_run / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"args": nn.Linear(1, 1)}, path)
+    assert run_script(evaluate, "--resume", "--out", saved_run) == 2
 
 
 def test_a_run_goes_on_only_with_what_it_began_with(tmp_path, capsys, monkeypatch):
     for name in ("lpt", "il"):
         assert search(name, *FIRST, "--epochs", 1, "--out", tmp_path / name) == 0
     for name, change, word in (
-            ("lpt", ["--seed", 2], "seed"), ("lpt", ["--base", "pcdarts"], "base"),
-            ("lpt", ["--epochs", 2], "epochs"), ("lpt", ["--dataset", "synthetic:4"], "dataset"),
-            ("lpt", ["--amp", "bf16"], "amp"), ("il", ["--tasks", "synthetic:4"], "tasks"),
-            ("il", ["--tasks", "synthetic:3"], "tasks"),
-            ("il", ["--coupling", 1], "lam")):
+            ("lpt", ["--seed", 2], "seed"), ("lpt", ["--dataset", "synthetic:4"], "dataset"),
+            ("il", ["--tasks", "synthetic:4"], "tasks"), ("il", ["--coupling", 1], "lam")):
         capsys.readouterr()
         before = tree(tmp_path / name)
         assert run_script(RUNS[name][0], "--resume", "--device", "cpu", *change, "--out",
@@ -3132,13 +3068,6 @@ def test_results_on_other_test_images_are_told_apart(tmp_path):
     assert len(table.splitlines()) == 4
 
 
-def test_a_clock_that_is_set_back_counts_no_negative_seconds(tmp_path, monkeypatch):
-    now = itertools.count(1e9, -3600)
-    monkeypatch.setattr(time, "time", lambda: next(now))
-    assert search("lpt", *FIRST, "--epochs", 1, "--out", tmp_path / "run") == 0
-    assert log_of(tmp_path / "run")[0]["seconds"] > 0
-
-
 def test_the_home_folders_sign():
     args, _ = lpt.get_args(["--data=~/x", "--out", "~/y"])
     assert args.data == Path.home() / "x" and args.out == Path.home() / "y"
@@ -3230,7 +3159,8 @@ def processes(job, folder, *argv, count=2):
 def finish(started, seconds=120):
     """Each process's exit code, output and error output."""
     try:
-        return [(*reversed(p.communicate(timeout=seconds)), p.returncode)[::-1] for p in started]
+        said = [p.communicate(timeout=seconds) for p in started]
+        return [(p.returncode, *each) for p, each in zip(started, said)]
     finally:
         for p in started:
             p.kill()

@@ -36,23 +36,12 @@ import lpt
 import test_smoke as tests
 
 ALGORITHM = {module: tests.ITERATION[name] for name, module in tests.MODULES.items()}
-nothing = lambda *args, **kw: None
 with_auxiliary = lambda net, x, y: sum(c * F.cross_entropy(each, y)
                                        for c, each in zip((1, 0.4), net(x)))
 
 
-def vector(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
-
-
 def table_row(*cells, head=False):
     print(f"| {' | '.join(map(str, cells))} |" + head * f"\n|{'---|' * len(cells)}", flush=True)
-
-
-def spread(values):
-    """Return mean and standard deviation as text."""
-    deviation = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3g}{deviation}"
 
 
 def sgd(module):
@@ -93,20 +82,6 @@ def problem(module, argv, device, batch, side=32, C=16, layers=8, supernet=ops.S
         m.creator = list(nn.Linear(512, 1).to(device, dtype).parameters())
         m.creator_opt = torch.optim.Adam(m.creator, args.creator_lr, weight_decay=1e-3)
     return m, labelled(3), args
-
-
-def stage_gradients(m, batches):
-    return [ops.grad(il.loss_of(stage.net, m.A, batch), stage.weights)
-            for stage, batch in zip(m.stages, batches[0])]
-
-
-def outer_gradient(module, m, batches, args, **changes):
-    """Return A's gradient and, of LPT, C's, at changed settings, as vectors."""
-    args = argparse.Namespace(**vars(args) | changes)
-    more = ([stage_gradients(m, batches)] if module is il else
-            [lease.look_ahead(m, batches, args)] if module is lease else [])
-    found = module.outer_gradient(m, batches, args, *more)
-    return [vector(g) for g in (found[:2] if module is lpt else found[:1])]
 
 
 # ------------------------------------------------------------------------------- speed and memory
@@ -359,8 +334,10 @@ class Checks:
     def gradients(self, module):
         """Compare outer gradients in float64: exact ones with the CPU's and with differences."""
         def at(device, **changes):
-            made = problem(module, [], device, 8, 16, 4, 3, dtype=torch.float64)
-            return torch.cat(outer_gradient(module, *made, **changes)).cpu()
+            m, batches, args = problem(module, [], device, 8, 16, 4, 3, dtype=torch.float64)
+            vars(args).update(changes)
+            found = tests.gradients(module.__name__, m, batches, args)
+            return torch.cat([t.detach().flatten() for group in found for t in group]).cpu()
 
         exact, cpu = at(self.device, gradient="exact"), torch.device("cpu")
         there, near = (((g - exact).norm() / exact.norm()).item() for g in (
@@ -398,25 +375,12 @@ def check(device, only=""):
             print(f"{sum(pool.map(passes, todo))} of {len(todo)} passed")
 
 
-def soak(count):
-    """Kill each script `count` times, then damage checkpoints."""
-    for jobs in (("lpt", "il"), ("lease", "evaluate")):
-        for found in tests.killed(count, *jobs):
-            print(found, flush=True)
-    tests.make_small()
-    with tempfile.TemporaryDirectory() as folder:
-        path, argv = Path(folder) / "run", [*tests.TINY, "--arch", "random:1", "--epochs", 1]
-        assert tests.run_script(evaluate, *argv, "--out", path) == 0
-        print(tests.damages_seen(path / "checkpoint.pt", 1000), "damages seen of 2000")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Measurements; the tests run under pytest.")
     add = parser.add_argument
     add("--checks", nargs="?", const="", metavar="WORDS", help="run scripts (those) on a device")
     add("--bench", action="store_true", help="time, memory, calls and kernels of a step of each "
         "method, beside the per-edge supernet, the peers, and what the device's rates allow")
-    add("--soak", type=int, nargs="?", const=150, metavar="KILLS", help="kill runs, damage files")
     add("--device", type=torch.device, default="cpu", help="cpu or cuda, of --checks and --bench")
     add("--batch", type=int, help="of --bench; else 16, on a GPU 64 and of evaluate.py 96")
     add("--peers", type=Path, help="of --bench: the folder of checkouts darts and LPT-COVIDx")
@@ -426,8 +390,7 @@ def main():
     where = args.device, args.batch, args.peers
     for chosen, measure, *given in (
             (args.figures_of, figures_here, args.figures_of, *where), (args.bench, bench, *where),
-            (args.checks is not None, check, args.device, args.checks),
-            (args.soak, soak, args.soak)):
+            (args.checks is not None, check, args.device, args.checks)):
         if chosen:
             return measure(*given)
     parser.error("say what to measure; the tests are python -m pytest test_smoke.py")
