@@ -3106,6 +3106,13 @@ def test_results_on_other_test_images_are_told_apart(tmp_path):
     assert len(table.splitlines()) == 4
 
 
+def test_a_clock_that_is_set_back_counts_no_negative_seconds(tmp_path, monkeypatch):
+    now = itertools.count(1e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    assert search("lpt", *FIRST, "--epochs", 1, "--out", tmp_path / "run") == 0
+    assert log_of(tmp_path / "run")[0]["seconds"] > 0
+
+
 def test_the_home_folders_sign():
     args, _ = lpt.get_args(["--data=~/x", "--out", "~/y"])
     assert args.data == Path.home() / "x" and args.out == Path.home() / "y"
