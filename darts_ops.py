@@ -861,10 +861,10 @@ def run_name(method: str, args) -> str:
 def start(args) -> torch.device:
     """Return the device to compute on. Under torchrun join the other processes, of which rank 0
     alone prints and writes. Raises BadInput."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    name = [*here, "cpu"][0] if args.device == "auto" else args.device
-    if name not in (*here, "cpu"):
-        raise BadInput(f"--device {name}: torch sees no such device here")
+    name = args.device
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     if args.graphs:
         refuse_graphs(args, device)
@@ -876,14 +876,11 @@ def start(args) -> torch.device:
         torch.utils.deterministic.fill_uninitialized_memory = False
     if "RANK" not in os.environ:                                  # torchrun sets it
         return device
-    try:
-        if name == "cuda":
-            device = torch.device(name, int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if name == "cuda" else "gloo",
-                                timeout=timedelta(hours=1))       # CIFAR may be downloaded
-    except (LookupError, ValueError, RuntimeError) as error:      # more processes than GPUs, ...
-        raise BadInput(f"RANK is set, but the processes cannot meet: {error}") from None
+    if name == "cuda":
+        device = torch.device(name, int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if name == "cuda" else "gloo",
+                            timeout=timedelta(hours=1))           # CIFAR may be downloaded
     if rank():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -892,11 +889,8 @@ def start(args) -> torch.device:
 def claim(folder: Path):
     """Create a run's folder and return a lock on it, which the system drops when this process ends.
     Raises BadInput if another run holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise BadInput(f"--out: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
     try:
         if fcntl:                                                 # not on Windows
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1062,19 +1056,12 @@ class Run:
 
 
 def run(main, argv=None):
-    """Run main(argv). Bad input ends in one line and exit code 2, what goes wrong in a run in one
-    line and exit code 1, Ctrl-C in 130."""
+    """Run main(argv). Bad input ends in one line and exit code 2, a gradient that is not finite and
+    what the system refuses in one line and exit code 1, Ctrl-C in 130."""
     try:
         main(argv)
-    except (KeyboardInterrupt, BadInput, NotFinite, OSError, MemoryError, RuntimeError) as error:
+    except (KeyboardInterrupt, BadInput, NotFinite, OSError) as error:
         message = str(error) or "interrupted; --resume goes on from the last checkpoint"
-        if "DataLoader worker" in message:                        # raised wherever the run is
-            message = f"a reading process was killed: lower --workers ({error})"
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-                "allocate memory" in message):                    # as torch says it of a CPU's
-            message = f"out of memory: lower --batch-size, --channels or --image-size ({error})"
-        elif isinstance(error, RuntimeError):
-            raise
         sys.stderr.write(f"error: {' '.join(message.split())}\n")
         sys.exit({KeyboardInterrupt: 130, BadInput: 2}.get(type(error), 1))
     if dist.is_initialized():

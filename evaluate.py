@@ -264,24 +264,18 @@ def summary(folders: list[Path]) -> str:
     settings."""
     groups = {}
     for file in sorted({each.resolve() for top in folders for each in top.rglob("result.json")}):
-        try:
-            r = json.loads(file.read_text())
-            network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
-            on = f" found on {r['found_on']}" * (r["found_on"] not in ("", r["dataset"]))
-            how = ", ".join(ops.settings(r["changed"], *NETWORK))
-            cell = r["cell"] + on + (f", trained with {how}" if how else "")
-            paper = ("-", "-") if r["changed"] else genotypes.paper_errors(
-                r["cell"], r["found_on"], r["dataset"])
-            key = (r["data"], network, cell, r["fingerprint"], r["test_fingerprint"],
-                   str(r.get("found_in")))
-            groups.setdefault(key, (paper, []))[1].append((
-                r["test_error"], r["top5_error"], r["params_M"], str(r["genotype"]),
-                r.get("search_days")))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ops.BadInput(f"--summary: {file} is no result of evaluate.py ({error!r})"
-                               ) from None
-    if not groups:
-        raise ops.BadInput(f"--summary: no result.json in {', '.join(map(str, folders))}")
+        r = json.loads(file.read_text())
+        network = f"{r['layers']} cells, C {r['channels']}, {r['epochs']} epochs"
+        on = f" found on {r['found_on']}" * (r["found_on"] not in ("", r["dataset"]))
+        how = ", ".join(ops.settings(r["changed"], *NETWORK))
+        cell = r["cell"] + on + (f", trained with {how}" if how else "")
+        paper = ("-", "-") if r["changed"] else genotypes.paper_errors(
+            r["cell"], r["found_on"], r["dataset"])
+        key = (r["data"], network, cell, r["fingerprint"], r["test_fingerprint"],
+               str(r.get("found_in")))
+        groups.setdefault(key, (paper, []))[1].append((
+            r["test_error"], r["top5_error"], r["params_M"], str(r["genotype"]),
+            r.get("search_days")))
     lines = ["| cell | data | network | test error, % | top-5 | n | parameters, M | search | "
              "paper: error | top-5 |", "|---" * 10 + "|"]
     notes = []

@@ -279,17 +279,12 @@ def load(arch: str) -> Genotype:
         return from_text(arch, "--arch")
     try:
         text = path(arch).read_text(encoding="utf-8-sig")
+        return from_text(text, arch) if "Genotype(" in text else validate(json.loads(text), arch)
     except (FileNotFoundError, IsADirectoryError):
         raise BadInput(f"no cell {arch!r}: neither a file, nor random:SEED, nor one of "
                        + ", ".join(PUBLISHED)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"the cell {arch} cannot be read: {error}") from None
-    if "Genotype(" in text:
-        return from_text(text, arch)
-    try:
-        return validate(json.loads(text), arch)
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{arch} cannot be read as JSON: {error}") from None
 
 
 def to_json(cell: Genotype) -> str:

@@ -1441,7 +1441,7 @@ def test_the_rows_of_the_papers_tables():
 
 
 def test_summary_of_results(tmp_path, capsys):
-    """Means and deviations by hand; what is told apart; the papers' values; what is no result."""
+    """Means and deviations by hand; what is told apart; the papers' values."""
     def write(name, **changes):
         (tmp_path / name).mkdir()
         result = {"cell": "LPT-R18-DARTS-2nd", "found_on": "cifar100", "dataset": "cifar100",
@@ -1480,13 +1480,6 @@ def test_summary_of_results(tmp_path, capsys):
         f"LPT, ablation 1, after 2 of 3 epochs [1] | cifar100 | {full} | 20.00 | 5.00 | 1 | 2 | "
         "3 min | - | -"))
     assert lines[-2:] == ["", "[1] LPT, ablation 1, a 1, b 2, c 3, after 2 of 3 epochs"]
-    (tmp_path / "z").mkdir()
-    assert run_script(evaluate, "--summary", tmp_path / "z") == 2  # there is none
-    for text in ("", "[]", "{}"):
-        (tmp_path / "z" / "result.json").write_text(text)
-        capsys.readouterr()
-        assert run_script(evaluate, "--summary", tmp_path) == 2
-        assert "no result of evaluate.py" in one_line(capsys)
 
 
 PAGES = [HERE / name for name in ("README.md", "docs/measurements.md", "docs/companion.md")]
@@ -2414,29 +2407,14 @@ def test_images_do_not_hang_on_the_workers(tmp_path):
             list(ops.batches(data, rows, 8))
 
 
-class Killed(ops.Images):
-    """Images whose reading process is killed, as for want of memory."""
-
-    def __getitem__(self, request):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_reading_processes_need_no_shared_memory_and_may_die(tmp_path, monkeypatch, capsys):
-    """What they send goes through a pipe; when one is killed the run ends in one line."""
+def test_reading_processes_need_no_shared_memory(monkeypatch):
+    """What they send goes through a pipe."""
     data = ops.synthetic(3, 16, "cpu")
     data.workers = 1
     monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_storage", None)   # by /dev/shm
     x, y, rows = next(data.read([ops.Request(np.arange(5))]))
     assert torch.equal(y, data.labels[:5])
-
-    def read(argv):
-        data.__class__ = Killed
-        next(data.read([ops.Request(np.arange(5))]))
-
-    with pytest.raises(SystemExit) as stop:
-        ops.run(read)
-    assert stop.value.code == 1 and "lower --workers" in one_line(capsys)
 
 
 def test_reading_processes_end_with_a_killed_run(tmp_path):
@@ -2476,7 +2454,7 @@ BAD = [
     (lpt, ["--dataset", "folder", "--data", "corrupt"]),
     *((lpt, [*TINY, "--epochs", 1, *wrong]) for wrong in (
         ["--gradient", "exact", "--amp", "bf16-all"], ["--layers", 3, 4], ["--subsets", 0.8, 0.5],
-        ["--out", "full/notes.txt/run"], ["--seed", 2 ** 64])),
+        ["--seed", 2 ** 64])),
     (lpt, [*TINY, "--hold-out", 5000]), (lpt, [*TINY, "--epochs", 1, "--out", "held"]),
     (il, ["--tasks"]), (il, ["--tasks", "cifar10", "imagenet"]), (il, ["--rounds", 0]),
     (il, ["--tasks", "cifar100", "nothing"]),
@@ -3116,20 +3094,6 @@ def test_a_clock_that_is_set_back_counts_no_negative_seconds(tmp_path, monkeypat
 def test_the_home_folders_sign():
     args, _ = lpt.get_args(["--data=~/x", "--out", "~/y"])
     assert args.data == Path.home() / "x" and args.out == Path.home() / "y"
-
-
-@pytest.mark.parametrize("argv,env,word", [
-    (["evaluate.py", "--arch", "loop/x.json"], {}, "loop"),
-    (["lpt.py", "--dataset", "synthetic:3", "--out", "loop/run"], {}, "loop"),
-    (["lpt.py", "--quick"], {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK is set")],
-    ids=str)
-def test_what_fails_before_anything_is_written_is_one_line(argv, env, word, tmp_path):
-    """Paths that the system refuses, torchrun's variables without its address."""
-    (tmp_path / "loop").symlink_to("loop")
-    done = subprocess.run([sys.executable, HERE / argv[0], *argv[1:]], cwd=tmp_path, text=True,
-                          capture_output=True, env={**os.environ, **env, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 2 and word in done.stderr
-    assert done.stderr.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 
 # ------------------------------------------------------------------------------ several processes
