@@ -1227,13 +1227,21 @@ def centre(image: Image.Image, size: tuple[int, int], zoom: float = 1.0) -> Imag
     return v2.functional.center_crop(image, list(size))
 
 
-def read_image(file: str) -> Image.Image:
-    """Return the image in a file as RGB. Raises BadInput, which names the file."""
+@contextlib.contextmanager
+def opened(file: str):
+    """Open the image in a file. Raises BadInput, which names the file, for whatever goes wrong with
+    the image meanwhile."""
     try:
         with Image.open(file) as image:
-            return as_rgb(image)
+            yield image
     except Exception as error:                                    # Pillow's decoders raise any
         raise BadInput(f"cannot read the image {file}: {error}") from None
+
+
+def read_image(file: str) -> Image.Image:
+    """Return the image in a file as RGB. Raises BadInput."""
+    with opened(file) as image:
+        return as_rgb(image)
 
 
 def in_memory(images: Tensor, labels, classes, device, source, workers=None) -> Images:
@@ -1345,12 +1353,9 @@ def common_size(files) -> tuple[int, int]:
     """Return the (H, W) that all images in files have. Raises BadInput if they have several."""
     sizes = {}
     for file in files:
-        try:
-            with Image.open(file) as image:
-                turned = image.getexif().get(0x112, 1) >= 5       # as as_rgb will turn it
-                sizes.setdefault(image.size[::-1] if turned else image.size, file)
-        except Exception as error:
-            raise BadInput(f"cannot read the image {file}: {error}") from None
+        with opened(file) as image:
+            turned = image.getexif().get(0x112, 1) >= 5           # as as_rgb will turn it
+            sizes.setdefault(image.size[::-1] if turned else image.size, file)
         if len(sizes) > 1:
             (first, a), (second, b) = sizes.items()
             raise BadInput("{} is {} x {} pixels and {} {} x {}: give --image-size".format(
