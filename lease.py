@@ -40,6 +40,7 @@ Departures from the printed equations:
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -320,6 +321,7 @@ def main(argv=None):
     audience_opt = torch.optim.SGD(audience.parameters(), args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
     shown = train_rows[ops.evenly(len(train_rows), 8)]
+    mixed = np.random.default_rng(args.seed).permutation(val_rows)   # --subsets orders by class
 
     for stage in ops.stages(run):                              # several in P-DARTS: a new explainer
         A, alpha_opt = ops.new_architecture(run, device)
@@ -342,7 +344,7 @@ def main(argv=None):
                                                        args.batch_size)
                 # by the batches' statistics: the running ones are of explanations, not of images
                 figures["audience_val_accuracy"] = ops.accuracy(
-                    at_weights(audience, m.w), data, val_rows, args.batch_size)
+                    at_weights(audience, m.w), data, mixed, args.batch_size)
                 (x, _), = ops.batches(data, shown, 8)
                 delta = random_delta(x.shape, args.delta_scale, device, args.seed, 0)
                 explanation, _ = explain(explainer, A, x, delta)

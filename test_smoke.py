@@ -2124,6 +2124,21 @@ def test_subsets_of_every_class():
     assert np.array_equal(ops.split_rows(labels, 1, 0, [0.1, 0.025])[0], train)
 
 
+def test_subsets_reach_leases_audience_mixed(tmp_path, monkeypatch):
+    """It is scored by the batches' statistics, which in a batch of one class hide the class."""
+    seen, accuracy = [], ops.accuracy
+
+    def watched(predict, data, rows, batch_size):
+        seen.append([set(y.tolist()) for _, y in ops.batches(data, rows, batch_size)])
+        return accuracy(predict, data, rows, batch_size)
+
+    monkeypatch.setattr(ops, "accuracy", watched)
+    assert search("lease", *FIRST, "--epochs", 1, "--batch-size", 20, "--subsets", 0.5, 0.5,
+                  "--out", tmp_path) == 0
+    explainer, audience = seen
+    assert {0} in explainer and all(classes == {0, 1, 2} for classes in audience)
+
+
 def test_no_batch_of_one(tmp_path, monkeypatch):
     """Where the images are 1 modulo the batch size: LeaSE's audience takes the batch's own."""
     data = ops.synthetic(3, 8, "cpu")
