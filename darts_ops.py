@@ -949,9 +949,11 @@ class Run:
                  more: dict | None = None):
         self.args, self.checkpoint, self.more = args, checkpoint, more or {}
         stages = len(args.layers) if isinstance(args.layers, list) else 1
+        tasks = args.tasks if method == "il" else [args.dataset]
         self.about = {"version": VERSION, "method": method, "row": row, "args": identity(args),
                       "epochs": stages * args.epochs, "data": [data.fingerprint() for data in sets],
-                      "sources": [data.source for data in sets], "world_size": world_size()}
+                      "sources": [data.source for data in sets], "world_size": world_size(),
+                      "folders": [folder_of(name, args) for name in tasks]}
         self.state = dict(stage=0, step=0, sums={}, seconds=0.0, history=[], stopped=None)
         if checkpoint:
             for name in ("data", "world_size"):
@@ -1284,6 +1286,12 @@ def load_images(dataset: str, args, device, like: Images | None = None) -> Image
         *halves, _ = split_rows(images.labels, 0, args.hold_out)
         images.mean, images.std = statistics(images.images[np.concatenate(halves)])
     return images
+
+
+def folder_of(dataset: str, args) -> str:
+    """Return the absolute path of a data set that is a folder of images; of others ""."""
+    name, _, option = dataset.partition(":")
+    return str(path(option or args.data).resolve()) if name in ("folder", "imagenet") else ""
 
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}   # no classes

@@ -227,7 +227,7 @@ def origin(arch: str) -> dict:
         return {"cell": search["row"] + left,
                 "found_on": "+".join(name.partition(":")[0] for name in data),
                 "base": args["base"], "method": search["method"], "ended": ended,
-                "found_at": data, "found_in": search["sources"],
+                "found_at": search.get("folders", []), "found_in": search["sources"],
                 "search_hold_out": args["hold_out"],
                 "search_days": sum(line["seconds"] for line in history) / 86400
                 * search["world_size"]}
@@ -379,8 +379,9 @@ def train(args, checkpoint):
     if data.source in found.get("found_in", ()) and args.hold_out > found["search_hold_out"]:
         raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
                            f"{found['search_hold_out']} of these images and learned from the rest")
-    if args.hold_out and args.dataset.startswith("folder:") and (
-            args.dataset in found.get("found_at", ()) and data.source not in found["found_in"]):
+    folder = ops.folder_of(args.dataset, args)
+    if args.hold_out and folder and folder in found.get("found_at", ()) and (
+            data.source not in found["found_in"]):
         raise ops.BadInput(f"--hold-out {args.hold_out}: the images of {args.dataset} have changed "
                            "since the search, which held out others")
 
@@ -417,10 +418,8 @@ def train(args, checkpoint):
     by_class = {name: round(100 * (1 - (right / n).item()), 4)
                 for name, right, n in zip(data.classes, hits[:, 0], images) if n}
     history, top5 = run.state["history"], len(data.classes) > 5
-    dataset, _, option = args.dataset.partition(":")
-    where = args.dataset
-    if dataset == "folder":
-        where = ops.path(option or args.data).resolve().name
+    dataset = args.dataset.partition(":")[0]
+    where = Path(folder).name if dataset == "folder" else args.dataset
     changed = {k: v for k, v in args.changed.items() if k not in ("arch", "dataset", "seed")}
     result = {"arch": args.arch, **found, "dataset": dataset, "data": where,
               "fingerprint": run.about["data"][0],

@@ -3009,9 +3009,13 @@ def test_held_out_images_that_the_search_learned_from_are_refused(tmp_path, monk
                       "--hold-out", 8, "--out", "g") == 2
     assert "held out 0 of these images" in one_line(capsys)
     shutil.copy(tmp_path / "a/train/cat/0.png", tmp_path / "a/train/cat/more.png")
-    assert run_script(evaluate, *some, "--arch", "t/genotype.json", "--hold-out", 8, "--out",
-                      "h") == 2                                    # another 8 would be held out
-    assert "have changed since the search" in one_line(capsys)
+    for again in ([], ["--dataset", "folder", "--data", tmp_path / "a"]):   # the same folder
+        assert run_script(evaluate, *some, *again, "--arch", "t/genotype.json", "--hold-out", 8,
+                          "--out", "h") == 2                       # another 8 would be held out
+        assert "have changed since the search" in one_line(capsys)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")                # another data set may differ
+    assert run_script(evaluate, *some, "--dataset", "folder:b", "--arch", "t/genotype.json",
+                      "--hold-out", 8, "--out", "h") == 0
 
 
 def test_a_folder_of_images_may_move(tmp_path, monkeypatch, capsys):
