@@ -226,7 +226,7 @@ def origin(arch: str) -> dict:
         left = "" if ended else f", after {done} of {search['epochs']} epochs"
         return {"cell": search["row"] + left,
                 "found_on": "+".join(name.partition(":")[0] for name in data),
-                "base": args["base"], "method": search["method"], "ended": ended,
+                "base": args["base"], "method": search["method"],
                 "found_at": search.get("folders", []), "found_in": search["sources"],
                 "search_hold_out": args["hold_out"],
                 "search_days": sum(line["seconds"] for line in history) / 86400
@@ -241,9 +241,7 @@ def origin(arch: str) -> dict:
 def count_parameters(args):
     """Print the parameters of a cell's network without the auxiliary head, and its multiply-adds
     for an image, both in millions, as JSON."""
-    classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}.get(args.dataset)
-    if classes is None:
-        raise ops.BadInput("--count-params: for --dataset cifar10, cifar100 or imagenet")
+    classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}[args.dataset]
     size = (args.image_size or 32,) * 2
     network = Network(genotypes.load(args.arch), args.channels, classes, args.layers, False,
                       size).eval()
@@ -356,8 +354,6 @@ def chosen_cell(args, checkpoint) -> tuple[genotypes.Genotype, dict]:
 def train(args, checkpoint):
     """Train a cell's network and test it once, after the last epoch: result.json."""
     genotype, found = chosen_cell(args, checkpoint)
-    if not found.get("ended", True):
-        print(f"note: the search of this cell has not ended: {found['cell']}")
     device = ops.start(args)
     data = ops.load_images(args.dataset, args, device)
     *halves, held = ops.split_rows(data.labels, args.seed, args.hold_out)
@@ -435,9 +431,6 @@ def train(args, checkpoint):
     top5_too = f" (top-5 error {wrong[1]:.2f}%)" if top5 else ""
     print(f"test error {wrong[0]:.2f}%{top5_too} after the last epoch, on {len(test_rows)} "
           f"images; {args.out}/result.json")
-    if lost := [name for name, error in by_class.items() if error == 100]:
-        print(f"every test image is wrong of {len(lost)} of {len(by_class)} classes: "
-              f"{', '.join(lost[:5])}{', ...' * (len(lost) > 5)}")
 
 
 def cross_entropy(logits, y, label_smoothing):

@@ -77,8 +77,6 @@ def get_args(argv=None):
     if "imagenet" in args.tasks or len(set(args.tasks)) < len(args.tasks):
         raise ops.BadInput("--tasks: different data sets, and no imagenet; the paper searches on "
                            "CIFAR (§4.3.1)")
-    if args.joint and (args.rounds > 1 or args.lam):
-        raise ops.BadInput("--joint: has one round and no coupling")
     pull = 2 * args.lr * args.lam / (1 - args.momentum)
     if args.step == "printed" and pull >= 1:
         # an alternating error grows by pull / (2 - pull) from stage to stage
