@@ -949,11 +949,10 @@ class Run:
                  more: dict | None = None):
         self.args, self.checkpoint, self.more = args, checkpoint, more or {}
         stages = len(args.layers) if isinstance(args.layers, list) else 1
-        tasks = args.tasks if method == "il" else [args.dataset]
         self.about = {"version": VERSION, "method": method, "row": row, "args": identity(args),
                       "epochs": stages * args.epochs, "data": [data.fingerprint() for data in sets],
                       "sources": [data.source for data in sets], "world_size": world_size(),
-                      "folders": [folder_of(name, args) for name in tasks]}
+                      "folders": [data.folder for data in sets]}
         self.state = dict(stage=0, step=0, sums={}, seconds=0.0, history=[], stopped=None)
         if checkpoint:
             for name in ("data", "world_size"):
@@ -1105,6 +1104,7 @@ class Images(Dataset):
     device: torch.device                # where the batches go
     source: str                         # what they were read from, whatever their size here
     workers: int | None = None          # processes that read for each stream; None: 0 or 4
+    folder: str = ""                    # the absolute path of the data set, if it is a folder
 
     def __post_init__(self):
         if self.workers is None:
@@ -1288,12 +1288,6 @@ def load_images(dataset: str, args, device, like: Images | None = None) -> Image
     return images
 
 
-def folder_of(dataset: str, args) -> str:
-    """Return the absolute path of a data set that is a folder of images; of others ""."""
-    name, _, option = dataset.partition(":")
-    return str(path(option or args.data).resolve()) if name in ("folder", "imagenet") else ""
-
-
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}   # no classes
 
 
@@ -1350,6 +1344,7 @@ def load_folder(root: Path, args, device, like: Images | None) -> Images:
         for row, file in enumerate(files):
             pixels[row] = v2.functional.pil_to_tensor(centre(read_image(file), size))
         images = in_memory(pixels, labels, folder.classes, device, source, args.workers)
+    images.folder = str(root.resolve())
     largest = images.pixels(evenly(len(files), 16)).max()
     if largest < 32:
         raise BadInput(f"the images in {where} are nearly black: their largest value is {largest} "

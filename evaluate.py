@@ -375,8 +375,7 @@ def train(args, checkpoint):
     if data.source in found.get("found_in", ()) and args.hold_out > found["search_hold_out"]:
         raise ops.BadInput(f"--hold-out {args.hold_out}: the search that found this cell held out "
                            f"{found['search_hold_out']} of these images and learned from the rest")
-    folder = ops.folder_of(args.dataset, args)
-    if args.hold_out and folder and folder in found.get("found_at", ()) and (
+    if args.hold_out and data.folder and data.folder in found.get("found_at", ()) and (
             data.source not in found["found_in"]):
         raise ops.BadInput(f"--hold-out {args.hold_out}: the images of {args.dataset} have changed "
                            "since the search, which held out others")
@@ -415,7 +414,7 @@ def train(args, checkpoint):
                 for name, right, n in zip(data.classes, hits[:, 0], images) if n}
     history, top5 = run.state["history"], len(data.classes) > 5
     dataset = args.dataset.partition(":")[0]
-    where = Path(folder).name if dataset == "folder" else args.dataset
+    where = Path(data.folder).name if dataset == "folder" else args.dataset
     changed = {k: v for k, v in args.changed.items() if k not in ("arch", "dataset", "seed")}
     result = {"arch": args.arch, **found, "dataset": dataset, "data": where,
               "fingerprint": run.about["data"][0],

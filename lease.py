@@ -321,7 +321,7 @@ def main(argv=None):
     audience_opt = torch.optim.SGD(audience.parameters(), args.audience_lr, args.momentum,
                                    weight_decay=args.weight_decay)
     shown = train_rows[ops.evenly(len(train_rows), 8)]
-    mixed = np.random.default_rng(args.seed).permutation(val_rows)   # --subsets orders by class
+    mixed = np.random.default_rng(args.seed).permutation(val_rows)   # --subsets sorts by class
 
     for stage in ops.stages(run):                              # several in P-DARTS: a new explainer
         A, alpha_opt = ops.new_architecture(run, device)
